@@ -1,0 +1,342 @@
+"""Every command's options: the only place where an option, its default and its check are written.
+
+A configuration is a YAML file overridden by flags. It is checked as a whole, and all problems are
+reported together.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Container, Mapping
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from pipeline.errors import UserError
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+PositiveInt = Annotated[int, Field(gt=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+SplitName = Literal["train", "val", "test"]
+
+
+class Config(BaseModel):
+    """Base of all configurations: immutable, and unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    positional: ClassVar[tuple[str, ...]] = ()  # fields given without a flag, in this order
+    inputs: ClassVar[tuple[str, ...]] = ()  # fields that name files or folders to read
+
+
+class StageConfig(Config):
+    """What all stages share: where the results go, and whether to replace what is there."""
+
+    out: Path = Field(description="folder for the results")
+    force: bool = Field(False, description="replace an existing, different output")
+
+
+class SynthConfig(StageConfig):
+    """Render a synthetic transistor dataset in MVTec layout."""
+
+    train_good: PositiveInt = Field(60, description="good images in train/good")
+    test_good: PositiveInt = Field(20, description="good images in test/good")
+    per_defect: PositiveInt = Field(20, description="images of each of the four defects")
+    size: int = Field(320, ge=64, description="width and height in pixels")
+    seed: Seed = Field(0, description="seed of everything random")
+
+
+class ConvertConfig(StageConfig):
+    """Turn MVTec masks into YOLO boxes and COCO masks per defect class."""
+
+    inputs: ClassVar[tuple[str, ...]] = ("source",)
+    source: Path = Field(description="an MVTec category, or a folder of categories")
+    split: Literal["fractions", "study"] = Field(
+        "fractions", description="'fractions', or 'study': 250 training and 63 test images"
+    )
+    fractions: tuple[Fraction, Fraction, Fraction] = Field(
+        (0.7, 0.1, 0.2), description="train, val and test part of each class"
+    )
+    folds: int = Field(0, ge=0, description="also write K folds for cross-validation (0: none)")
+    seed: Seed = Field(0, description="seed of the splits")
+    one_per_image: tuple[str, ...] = Field(
+        ("misplaced",), description="classes whose mask is one instance per image"
+    )
+    min_area: int = Field(
+        16, ge=0, description="a component under this many pixels joins its nearest neighbour"
+    )
+    link: Literal["hardlink", "symlink", "copy"] = Field(
+        "hardlink",
+        description="how images get into the dataset (a hard link may fall back to copy)",
+    )
+    skip_bad: bool = Field(False, description="leave bad files out and record them")
+
+    @model_validator(mode="after")
+    def _check_split(self) -> ConvertConfig:
+        if abs(sum(self.fractions) - 1) > 1e-6:
+            raise ValueError(f"fractions: expected a sum of 1, found {sum(self.fractions):g}")
+        if self.fractions[0] == 0:
+            raise ValueError("fractions: expected a training part above 0, found 0")
+        if self.folds == 1:
+            raise ValueError("folds: expected 0 or at least 2, found 1")
+        return self
+
+
+class TrainConfig(StageConfig):
+    """What every training shares."""
+
+    inputs: ClassVar[tuple[str, ...]] = ("data", "model")
+    data: Path = Field(description="dataset folder written by `pipeline convert`")
+    fold: int | None = Field(
+        None, ge=0, description="fold of the dataset instead of its single split"
+    )
+    epochs: PositiveInt = Field(description="most passes over the training images")
+    patience: PositiveInt = Field(description="stop after this many epochs without improvement")
+    batch: PositiveInt = Field(16, description="images (or boxes) per step")
+    lr: PositiveFloat = Field(description="peak learning rate")
+    seed: Seed = Field(0, description="seed of everything random")
+    device: str = Field("auto", description="auto, cpu, mps, 0 or, for several GPUs, 0,1")
+    resume: bool = Field(False, description="go on from the last checkpoint of this output folder")
+
+
+class FinetuneYoloConfig(TrainConfig):
+    """Fine-tune YOLO-World for the dataset's classes."""
+
+    model: str = Field(
+        "yolov8s-worldv2",
+        description="a name of `pipeline weights list`, a checkpoint (YOLO-World, or plain YOLOv8, "
+        "which is converted), or yolov8{n,s,m,l,x}-worldv2.yaml for random weights",
+    )
+    prompts: dict[str, str] = Field(
+        default_factory=dict, description="text prompt of each class (default: its name)"
+    )
+    text: Literal["auto", "clip", "learned"] = Field(
+        "auto", description="prompt embeddings: from CLIP, learned, or CLIP where it can be had"
+    )
+    epochs: PositiveInt = 100
+    patience: PositiveInt = 30
+    lr: PositiveFloat = 2e-3
+    image_size: PositiveInt = Field(640, description="longest side the detector sees, in pixels")
+    augment: bool = Field(True, description="augment the training images")
+    offline: bool = Field(False, description="never download")
+
+
+class FinetuneSamConfig(TrainConfig):
+    """Fine-tune SAM's mask decoder on the dataset's boxes and masks."""
+
+    model: str = Field("sam-lite", description="a name of `pipeline weights list` or a checkpoint")
+    train: Literal["decoder", "neck", "all"] = Field(
+        "decoder", description="the decoder alone, with the encoder's neck, or everything"
+    )
+    epochs: PositiveInt = 40
+    patience: PositiveInt = 10
+    batch: PositiveInt = 8
+    lr: PositiveFloat = 5e-4
+    loss: Literal["bce", "focal"] = Field("bce", description="the term beside Dice")
+    box_jitter: float = Field(
+        0.1, ge=0, lt=0.5, description="shift of box sides, part of the box size"
+    )
+    zoom: float = Field(
+        1.5, ge=0, description="side of the window around a box, in box sizes (0: whole image)"
+    )
+    repeats: PositiveInt = Field(4, description="jittered copies of every box per epoch")
+    offline: bool = Field(False, description="never download")
+
+
+class FinetuneClassifierConfig(TrainConfig):
+    """Train the image-classifier baseline."""
+
+    model: Literal["resnet18", "resnet34", "resnet50", "efficientnet-lite0"] = Field(
+        "resnet18", description="backbone"
+    )
+    pretrained: bool = Field(True, description="start from ImageNet weights")
+    unfreeze: tuple[str, ...] = Field(
+        (), description="train these parts of the backbone alone, e.g. layer4 fc (none: train all)"
+    )
+    epochs: PositiveInt = 50
+    patience: PositiveInt = 50
+    lr: PositiveFloat = 1e-3
+    optimizer: Literal["adam", "adamw"] = Field("adam", description="optimiser")
+    weight_decay: float = Field(0.0, ge=0, description="weight decay")
+    image_size: PositiveInt = Field(
+        256, description="width and height the classifier sees, in pixels"
+    )
+    auto_augment: bool = Field(True, description="AutoAugment (ImageNet policy)")
+    rotation: float = Field(
+        0.0, ge=0, le=180, description="random rotation up to this many degrees"
+    )
+    offline: bool = Field(False, description="never download")
+
+
+class SegmentConfig(StageConfig):
+    """Let SAM refine boxes into pixel masks."""
+
+    inputs: ClassVar[tuple[str, ...]] = ("source", "boxes", "sam")
+    source: Path = Field(description="dataset folder, folder of images, or video")
+    splits: tuple[SplitName, ...] = Field(("val", "test"), description="splits of a dataset")
+    fold: int | None = Field(
+        None, ge=0, description="fold of the dataset instead of its single split"
+    )
+    boxes: str = Field(description="detector checkpoint, COCO results file, or 'truth'")
+    prompt: Literal["boxes", "points", "boxes+points"] = Field(
+        "boxes", description="what SAM is shown: each box, its centre, or both"
+    )
+    sam: str = Field("sam-lite", description="a name of `pipeline weights list` or a checkpoint")
+    zoom: float | None = Field(
+        None,
+        ge=0,
+        description="side of the window around a box, in box sizes (0: whole image; "
+        "default: what the SAM was trained with)",
+    )
+    image_size: PositiveInt | None = Field(
+        None, description="longest side the detector sees (default: what it was trained with)"
+    )
+    min_score: Fraction = Field(0.01, description="leave out boxes under this score")
+    max_boxes: PositiveInt = Field(50, description="most boxes per image, best first")
+    masks: bool = Field(False, description="also write one mask PNG per image")
+    device: str = Field("auto", description="auto, cpu, mps or 0")
+    offline: bool = Field(False, description="never download")
+
+
+class EvaluateConfig(StageConfig):
+    """Measure boxes, masks and the image decision, beside the classifier baseline."""
+
+    inputs: ClassVar[tuple[str, ...]] = ("data", "predictions", "truth_boxes", "classifiers")
+    data: Path = Field(description="dataset folder written by `pipeline convert`")
+    predictions: Path = Field(description="output folder of `pipeline segment`")
+    truth_boxes: Path | None = Field(
+        None, description="output folder of `pipeline segment --boxes truth`: the upper bound"
+    )
+    classifiers: tuple[Path, ...] = Field(
+        (), description="output folders of `pipeline finetune-classifier`"
+    )
+    fold: int | None = Field(
+        None, ge=0, description="fold of the dataset instead of its single split"
+    )
+    split: SplitName = Field("test", description="split that is measured")
+    threshold: Fraction | None = Field(
+        None, description="score from which a box counts (default: the best on the val split)"
+    )
+    resamples: int = Field(
+        1000, ge=0, description="bootstrap resamples for the intervals (0: none)"
+    )
+    seed: Seed = Field(0, description="seed of the bootstrap")
+
+
+class OverlayConfig(StageConfig):
+    """Make a review video of truth and predictions."""
+
+    inputs: ClassVar[tuple[str, ...]] = ("source", "predictions")
+    out: Path = Field(description="the video, ending in .mp4")
+    source: Path = Field(description="dataset folder, folder of images, or video")
+    predictions: Path | None = Field(None, description="output folder of `pipeline segment`")
+    split: SplitName = Field("test", description="split of a dataset")
+    fold: int | None = Field(
+        None, ge=0, description="fold of the dataset instead of its single split"
+    )
+    show: Literal["both", "truth", "prediction"] = Field("both", description="what is drawn")
+    order: Literal["class", "error"] = Field("class", description="frames by class, or worst first")
+    only: Literal["all", "errors"] = Field(
+        "all", description="'errors': misses and false alarms alone"
+    )
+    threshold: Fraction = Field(0.25, description="score from which a box is drawn")
+    seconds_per_image: PositiveFloat = Field(1.0, description="how long an image stays")
+    height: int = Field(640, ge=64, le=2160, description="height of each panel in pixels")
+
+
+class RunConfig(Config):
+    """Run the stages of a configuration in order, skipping what is up to date."""
+
+    positional: ClassVar[tuple[str, ...]] = ("config",)
+    out: Path = Field(description="folder for the results of all stages")
+    init: str | None = Field(
+        None, description="starting point of the detector (finetune_yolo.model)"
+    )
+    mvtec_root: Path = Field(
+        default_factory=lambda: Path(os.environ.get("PIPELINE_MVTEC_ROOT", "datasets/mvtec_ad")),
+        description="folder of the MVTec categories: convert.source is one of them",
+    )
+    fold: int | None = Field(None, ge=0, description="fold of the dataset for all stages")
+    # The sections hold the options of the command of the same name; what links one stage to the
+    # next (data, out, ...) is filled in by `plan` in pipeline/stages/run.py.
+    synth: dict[str, Any] | None = None
+    convert: dict[str, Any] = Field(default_factory=dict)
+    finetune_yolo: dict[str, Any] = Field(default_factory=dict)
+    finetune_sam: dict[str, Any] | None = None  # None: use segment.sam as it is
+    finetune_classifier: dict[str, dict[str, Any]] = Field(default_factory=dict)  # by name
+    segment: dict[str, Any] = Field(default_factory=dict)
+    evaluate: dict[str, Any] = Field(default_factory=dict)
+    overlay: dict[str, Any] = Field(default_factory=dict)
+
+
+class WeightsConfig(Config):
+    """List, fetch or verify pretrained weights."""
+
+    positional: ClassVar[tuple[str, ...]] = ("action", "names")
+    action: Literal["list", "pull", "verify"] = Field(description="list, pull or verify")
+    names: tuple[str, ...] = Field((), description="names of the list (none: all; pull needs one)")
+    offline: bool = Field(False, description="never download")
+
+
+C = TypeVar("C", bound=Config)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Parse a YAML mapping. Raises `UserError` when it is missing, malformed or not a mapping."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: expected a YAML file, found nothing there") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        detail = " ".join(str(error).split())
+        raise UserError(f"{path}: expected a YAML file, found {detail}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected keys and values, found {type(values).__name__}")
+    return values
+
+
+def build(
+    cls: type[C],
+    values: Mapping[str, Any],
+    *,
+    flags: Container[str] = (),
+    file: Path | None = None,
+    section: str = "",
+) -> C:
+    """Check `values` as a whole. Raises `UserError` with one line per problem.
+
+    `flags` are the keys that came from the command line, `file` is where the others came from and
+    `section` the part of the file they stand in, with a dot at its end: they name the key in a problem.
+    """
+    try:
+        return cls.model_validate(dict(values))
+    except ValidationError as error:
+        problems = error.errors()
+    lines = []
+    for problem in problems:
+        key = ".".join(str(part) for part in problem["loc"])
+        top = key.split(".")[0]
+        if file is not None and top not in flags and problem["type"] != "missing":
+            name = f"{file}: {section}{key}"
+        else:
+            name = f"--{top.replace('_', '-')}" if not section else f"{section}{key}"
+        lines.append(_line(cls, name, problem))
+    raise UserError(*lines)
+
+
+def _line(cls: type[Config], name: str, problem: Any) -> str:
+    """One problem as a line: where, what was expected, what was found."""
+    if problem["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(str(problem["loc"][-1]), list(cls.model_fields), n=1)
+        return f"{name}: unknown key" + (f", did you mean '{near[0]}'?" if near else "")
+    if problem["type"] == "missing":
+        return f"{name}: required, not given"
+    if problem["type"] == "value_error":  # from a validator of ours: its text names the key
+        return f"{name.removesuffix('--')}{problem['ctx']['error']}"
+    expected = problem["msg"].removeprefix("Input should be ")
+    return f"{name}: expected {expected}, found {problem['input']!r}"

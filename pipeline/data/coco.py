@@ -1,0 +1,121 @@
+"""Truth on disk: COCO instances, YOLO labels and the lists Ultralytics trains from.
+
+Both formats derive from one half-open pixel box. COCO: https://cocodataset.org/#format-data
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pipeline.data.dataset import split_name
+from pipeline.data.files import write_json, write_text
+from pipeline.data.splits import Split
+
+Box = tuple[int, int, int, int]
+
+
+@dataclass(frozen=True)
+class Instance:
+    """One defect of an image."""
+
+    cls: str
+    box: Box  # half-open pixels: x1, y1, x2, y2
+    area: int  # pixels of the mask
+    rle: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Item:
+    """One image and its instances."""
+
+    file_name: str
+    width: int
+    height: int
+    instances: tuple[Instance, ...]
+
+
+def yolo_label(box: Box, width: int, height: int) -> tuple[float, float, float, float]:
+    """Centre x, centre y, width and height of a pixel box, as parts of the image's sides."""
+    x1, y1, x2, y2 = box
+    return (x1 + x2) / 2 / width, (y1 + y2) / 2 / height, (x2 - x1) / width, (y2 - y1) / height
+
+
+def pixel_box(label: Sequence[float], width: int, height: int) -> Box:
+    """The inverse of `yolo_label`, rounded to whole pixels."""
+    x, y, w, h = label
+    x1, y1 = round((x - w / 2) * width), round((y - h / 2) * height)
+    return x1, y1, x1 + round(w * width), y1 + round(h * height)
+
+
+def write_truth(folder: Path, items: Sequence[Item], classes: Sequence[str]) -> dict[str, Any]:
+    """Write a YOLO label file per image and `annotations/instances.json`; returns the latter.
+
+    Ids of images and annotations start at 1, in the order of `items`.
+    """
+    for item in items:
+        text = ""
+        for instance in item.instances:
+            label = yolo_label(instance.box, item.width, item.height)
+            values = " ".join(f"{value:.9f}" for value in label)
+            text += f"{classes.index(instance.cls)} {values}\n"
+        write_text(folder / "labels" / (Path(item.file_name).stem + ".txt"), text)
+    coco = _instances(items, classes)
+    write_json(folder / "annotations" / "instances.json", coco)
+    return coco
+
+
+def write_split(
+    folder: Path, coco: dict[str, Any], split: Split, root: Path, fold: int | None = None
+) -> None:
+    """Write a split's lists, its COCO files and the YAML file Ultralytics reads it from.
+
+    `root` is where the dataset will lie: Ultralytics would look for a relative path elsewhere.
+    """
+    for part, names in split.items():
+        stem = split_name(part, fold)
+        write_text(folder / f"{stem}.txt", "".join(f"./images/{name}\n" for name in names))
+        write_json(folder / "annotations" / f"instances_{stem}.json", _subset(coco, names))
+    data = {
+        "path": str(root),
+        **{part: f"{split_name(part, fold)}.txt" for part in ("train", "val", "test")},
+        "names": {c["id"] - 1: c["name"] for c in coco["categories"]},
+    }
+    text = yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=10_000)
+    write_text(folder / ("data.yaml" if fold is None else f"fold{fold}.yaml"), text)
+
+
+def _instances(items: Iterable[Item], classes: Sequence[str]) -> dict[str, Any]:
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    for image_id, item in enumerate(items, start=1):
+        size = {"width": item.width, "height": item.height}
+        images.append({"id": image_id, "file_name": item.file_name, **size})
+        for instance in item.instances:
+            x1, y1, x2, y2 = instance.box
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": image_id,
+                    "category_id": classes.index(instance.cls) + 1,
+                    "bbox": [x1, y1, x2 - x1, y2 - y1],
+                    "area": instance.area,
+                    "segmentation": instance.rle,
+                    "iscrowd": 0,
+                }
+            )
+    categories = [{"id": i, "name": name} for i, name in enumerate(classes, start=1)]
+    return {"images": images, "annotations": annotations, "categories": categories}
+
+
+def _subset(coco: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """The images of these names with their annotations; ids stay as they are."""
+    wanted = set(names)
+    images = [image for image in coco["images"] if image["file_name"] in wanted]
+    ids = {image["id"] for image in images}
+    annotations = [a for a in coco["annotations"] if a["image_id"] in ids]
+    return {"images": images, "annotations": annotations, "categories": coco["categories"]}

@@ -1,0 +1,102 @@
+"""A converted dataset as the stages read it: images, splits and truth.
+
+Folder, as `pipeline convert` writes it:
+
+    images/<class>__<name>        labels/<class>__<name>.txt      data.yaml  manifest.json
+    train.txt val.txt test.txt    annotations/instances.json, instances_train.json, ...
+    fold0_train.txt ...           annotations/instances_fold0_train.json ...  fold0.yaml
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import supervision as sv
+
+from pipeline.data.files import read_image, read_json
+from pipeline.data.masks import decode_rle
+from pipeline.errors import UserError
+
+GOOD = "good"  # the image class without defects, in MVTec's spelling
+
+
+def split_name(name: str, fold: int | None = None) -> str:
+    """The stem of a split's files: `test`, or `fold2_test`."""
+    return name if fold is None else f"fold{fold}_{name}"
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """One image of a dataset and its truth."""
+
+    image_id: int
+    path: Path
+    width: int
+    height: int
+    annotations: tuple[dict[str, Any], ...]  # COCO annotations
+
+    def image(self) -> np.ndarray:
+        """(height, width, 3) uint8 BGR."""
+        return read_image(self.path)
+
+    @cached_property
+    def truth(self) -> sv.Detections:
+        """True instances: half-open pixel boxes, class index from 0, masks (n, height, width) bool."""
+        if not self.annotations:
+            return sv.Detections.empty()
+        xywh = np.array([a["bbox"] for a in self.annotations], np.float32)
+        return sv.Detections(
+            xyxy=np.hstack([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]]),
+            class_id=np.array([a["category_id"] - 1 for a in self.annotations]),
+            mask=np.stack([decode_rle(a["segmentation"]) for a in self.annotations]),
+        )
+
+    @property
+    def label(self) -> int:
+        """Class index of the image: its annotations' class (the largest one's), or -1 for good."""
+        if not self.annotations:
+            return -1
+        return int(max(self.annotations, key=lambda a: a["area"])["category_id"]) - 1
+
+
+class Dataset:
+    """A folder written by `pipeline convert`. Raises `UserError` when it is not one."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        if not (root / "annotations" / "instances.json").is_file():
+            raise UserError(f"{root}: expected a folder written by `pipeline convert`, found none")
+        self.classes: tuple[str, ...] = tuple(
+            category["name"] for category in self._coco("instances")["categories"]
+        )
+
+    def split(self, name: str, fold: int | None = None) -> list[Sample]:
+        """The images of a split, in file order. Raises `UserError` when there is no such split."""
+        coco = self._coco(f"instances_{split_name(name, fold)}")
+        annotations: dict[int, list[dict[str, Any]]] = {image["id"]: [] for image in coco["images"]}
+        for annotation in coco["annotations"]:
+            annotations[annotation["image_id"]].append(annotation)
+        return [
+            Sample(
+                image["id"],
+                self.root / "images" / image["file_name"],
+                image["width"],
+                image["height"],
+                tuple(annotations[image["id"]]),
+            )
+            for image in coco["images"]
+        ]
+
+    def _coco(self, stem: str) -> dict[str, Any]:
+        path = self.root / "annotations" / f"{stem}.json"
+        if not path.is_file():
+            found = sorted(p.stem.removeprefix("instances_") for p in path.parent.glob("*_*.json"))
+            raise UserError(f"{path}: expected this split, found {', '.join(found) or 'none'}")
+        coco = read_json(path)
+        if not isinstance(coco, dict) or not {"images", "annotations", "categories"} <= coco.keys():
+            raise UserError(f"{path}: expected COCO instances, found other JSON")
+        return coco

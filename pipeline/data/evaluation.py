@@ -1,0 +1,214 @@
+"""The figures of an evaluation, from what was measured image by image, and their intervals.
+
+What each key means is written in pipeline/stages/evaluate.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from pycocotools.cocoeval import COCOeval
+
+from pipeline.data import metrics
+from pipeline.data.dataset import GOOD, Sample
+from pipeline.data.decision import confusion_matrix, decision_scores
+from pipeline.data.matching import VERDICTS
+from pipeline.data.metrics import ImageResult
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One split, measured. Lists are in the order of `samples`."""
+
+    classes: Sequence[str]
+    samples: Sequence[Sample]
+    images: Sequence[ImageResult]
+    boxes: COCOeval
+    masks: COCOeval | None  # None: predictions without masks
+    true_boxes: Sequence[np.ndarray] | None  # (2, n) IoU and Dice of the masks from n true boxes
+    decisions: dict[str, np.ndarray]  # (images,) by model; good is 0, the classes follow
+
+    @cached_property
+    def labels(self) -> np.ndarray:
+        """(images,) the true class; good is 0, the classes follow."""
+        return np.array([sample.label + 1 for sample in self.samples])
+
+    @cached_property
+    def instance_classes(self) -> np.ndarray:
+        """(true instances,) class index, in the order of the images."""
+        return np.array([a["category_id"] - 1 for s in self.samples for a in s.annotations], int)
+
+
+def figures(measured: Measured) -> dict[str, Any]:
+    """Every figure, grouped as in metrics.json; null for what the data do not define."""
+    ids, classes = measured.instance_classes, measured.classes
+    per_class = {name: int(np.count_nonzero(ids == k)) for k, name in enumerate(classes)}
+    verdicts = [image.verdict for image in measured.images]
+    masks = measured.masks
+    return {
+        "images": len(measured.samples),
+        "classes": list(classes),
+        "instances": len(ids),
+        "instances_per_class": per_class,
+        "box": _ap(measured.boxes, classes),
+        "mask": None if masks is None else {**_ap(masks, classes), **_overlaps(measured)},
+        "truth_boxes": None if measured.true_boxes is None else _truth_boxes(measured),
+        "good_images": _good_images(measured),
+        "missed": _missed(measured),
+        "verdicts": {name: verdicts.count(name) for name in VERDICTS},
+        "image_decision": {
+            name: _decision(measured.labels, decided, classes)
+            for name, decided in measured.decisions.items()
+        },
+    }
+
+
+def _ap(evaluation: COCOeval, classes: Sequence[str]) -> dict[str, Any]:
+    ap = metrics.average_precisions(evaluation)
+    map50, map50_95 = metrics.mean_average_precisions(ap)
+    return {
+        "map50": _number(map50),
+        "map50_95": _number(map50_95),
+        "ap50_per_class": _named(classes, ap[0]),
+        "ap_per_class": _named(classes, ap.mean(axis=0)),
+    }
+
+
+def _overlaps(measured: Measured) -> dict[str, Any]:
+    ids, classes = measured.instance_classes, measured.classes
+    matched = np.concatenate([image.matched for image in measured.images])
+    ious = np.concatenate([image.iou for image in measured.images])
+    dices = np.concatenate([image.dice for image in measured.images])
+    inside, union = np.sum([image.pixels for image in measured.images], axis=0).T
+    pixel_ious = [inside[k] / union[k] if k in ids else np.nan for k in range(len(classes))]
+    return {
+        "mean_iou_matched": _number(metrics.nanmean(ious[matched])),
+        "mean_iou_all": _number(metrics.nanmean(ious)),
+        "dice_matched": _number(metrics.nanmean(dices[matched])),
+        "dice_all": _number(metrics.nanmean(dices)),
+        "iou_per_class": _mean_per_class(ious, ids, classes),
+        "pixel_iou_per_class": _named(classes, pixel_ious),
+    }
+
+
+def _truth_boxes(measured: Measured) -> dict[str, Any]:
+    assert measured.true_boxes is not None
+    ious, dices = np.concatenate(measured.true_boxes, axis=1)
+    return {
+        "mean_iou": _number(metrics.nanmean(ious)),
+        "dice": _number(metrics.nanmean(dices)),
+        "iou_per_class": _mean_per_class(ious, measured.instance_classes, measured.classes),
+    }
+
+
+def _good_images(measured: Measured) -> dict[str, Any]:
+    boxes = [
+        image.boxes
+        for sample, image in zip(measured.samples, measured.images, strict=True)
+        if sample.label < 0
+    ]
+    return {
+        "count": len(boxes),
+        "false_alarms": sum(boxes),
+        "with_false_alarms": sum(count > 0 for count in boxes),
+        "false_alarms_per_image": _number(sum(boxes) / len(boxes)) if boxes else None,
+    }
+
+
+def _missed(measured: Measured) -> list[dict[str, Any]]:
+    return [
+        {
+            "image_id": sample.image_id,
+            "image": sample.path.name,
+            "class": measured.classes[annotation["category_id"] - 1],
+            "bbox": annotation["bbox"],
+        }
+        for sample, image in zip(measured.samples, measured.images, strict=True)
+        for annotation, matched in zip(sample.annotations, image.matched, strict=True)
+        if not matched
+    ]
+
+
+def _decision(labels: np.ndarray, decided: np.ndarray, classes: Sequence[str]) -> dict[str, Any]:
+    names = (GOOD, *classes)
+    confusion = confusion_matrix(labels, decided, len(names))
+    scores = decision_scores(confusion)
+    return {
+        "accuracy": _number(scores.accuracy),
+        "balanced_accuracy": _number(scores.balanced_accuracy),
+        "macro_f1": _number(scores.macro_f1),
+        "recall_per_class": _named(names, scores.recall),
+        "confusion": confusion.tolist(),
+    }
+
+
+def intervals(measured: Measured, resamples: int, seed: int) -> dict[str, list[float]]:
+    """95 % intervals [low, high] of the headline figures, by dotted key."""
+    if not resamples:
+        return {}
+    counts = metrics.draw_resamples(len(measured.samples), resamples, seed)
+    drawn = {
+        **_resampled_ap("box", measured.boxes, counts),
+        **({} if measured.masks is None else _resampled_ap("mask", measured.masks, counts)),
+        **_resampled_means(measured, counts),
+        **_resampled_decisions(measured, counts),
+    }
+    found = {key: metrics.percentile_interval(values) for key, values in drawn.items()}
+    return {
+        key: [round(low, 6), round(high, 6)]
+        for key, (low, high) in found.items()
+        if not np.isnan(low)
+    }
+
+
+def _resampled_ap(group: str, evaluation: COCOeval, counts: np.ndarray) -> dict[str, np.ndarray]:
+    ap = metrics.resampled_average_precisions(evaluation, counts)
+    map50, map50_95 = metrics.mean_average_precisions(ap)
+    return {f"{group}.map50": map50, f"{group}.map50_95": map50_95}
+
+
+def _resampled_means(measured: Measured, counts: np.ndarray) -> dict[str, np.ndarray]:
+    images = measured.images
+    truths = [len(image.matched) for image in images]
+    good = measured.labels == 0
+    alarms = [image.boxes for image in images] * good
+    found = {"good_images.false_alarms_per_image": metrics.ratio(counts, alarms, good)}
+    if measured.masks is not None:
+        ious = [image.iou.sum() for image in images]
+        matched = [image.matched.sum() for image in images]
+        found["mask.mean_iou_matched"] = metrics.ratio(counts, ious, matched)
+        found["mask.mean_iou_all"] = metrics.ratio(counts, ious, truths)
+    if measured.true_boxes is not None:
+        ious = [overlaps[0].sum() for overlaps in measured.true_boxes]
+        found["truth_boxes.mean_iou"] = metrics.ratio(counts, ious, truths)
+    return found
+
+
+def _resampled_decisions(measured: Measured, counts: np.ndarray) -> dict[str, np.ndarray]:
+    found = {}
+    for name, decided in measured.decisions.items():
+        confusion = confusion_matrix(measured.labels, decided, len(measured.classes) + 1, counts)
+        scores = decision_scores(confusion)
+        found[f"image_decision.{name}.accuracy"] = scores.accuracy
+        found[f"image_decision.{name}.balanced_accuracy"] = scores.balanced_accuracy
+        found[f"image_decision.{name}.macro_f1"] = scores.macro_f1
+    return found
+
+
+def _mean_per_class(
+    values: np.ndarray, ids: np.ndarray, classes: Sequence[str]
+) -> dict[str, float | None]:
+    return _named(classes, [metrics.nanmean(values[ids == k]) for k in range(len(classes))])
+
+
+def _named(names: Sequence[str], values: Any) -> dict[str, float | None]:
+    return {name: _number(value) for name, value in zip(names, values, strict=True)}
+
+
+def _number(value: Any) -> float | None:
+    """A figure as JSON has it: six decimals, null for NaN."""
+    return None if np.isnan(value) else round(float(value), 6)

@@ -1,0 +1,114 @@
+"""Plots of an evaluation, as PNG."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")  # no display is needed
+
+import numpy as np
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from pycocotools.cocoeval import COCOeval
+
+from pipeline.data.files import atomic_path
+from pipeline.data.metrics import average_precisions
+
+
+def plot_pr_curves(
+    path: Path, evaluations: Mapping[str, COCOeval], classes: Sequence[str], threshold: float
+) -> None:
+    """Precision over recall at IoU 0.5, one panel per evaluation, one line per class with truth.
+
+    A dot marks the recall and precision at the score threshold.
+    """
+    figure, axes = plt.subplots(
+        1, len(evaluations), figsize=(5.2 * len(evaluations), 4.6), squeeze=False, sharey=True
+    )
+    for axis, (title, evaluation) in zip(axes[0], evaluations.items(), strict=True):
+        _draw_pr_curves(axis, evaluation, classes, threshold)
+        axis.set(title=f"{title}, IoU 0.5", xlabel="recall", xlim=(0, 1.02), ylim=(0, 1.04))
+        axis.grid(alpha=0.3)
+    axes[0, 0].set_ylabel("precision")
+    _save(figure, path)
+
+
+def _draw_pr_curves(
+    axis: Axes, evaluation: COCOeval, classes: Sequence[str], threshold: float
+) -> None:
+    ap50 = average_precisions(evaluation)[0]
+    recall = evaluation.params.recThrs
+    for k, name in enumerate(classes):
+        if np.isnan(ap50[k]):
+            continue
+        precision = evaluation.eval["precision"][0, :, k, 0, 0]
+        scores = evaluation.eval["scores"][0, :, k, 0, 0]
+        width = 2 + 1.3 * (len(classes) - 1 - k)  # thinner ones on top, so that none is hidden
+        (line,) = axis.step(
+            recall,
+            np.where(precision > 0, precision, np.nan),
+            lw=width,
+            label=f"{name}  AP50 {ap50[k]:.2f}",
+            solid_capstyle="butt",
+        )
+        kept = np.flatnonzero((scores >= threshold) & (precision > 0))
+        if kept.size:
+            axis.plot(
+                recall[kept[-1]],
+                precision[kept[-1]],
+                "o",
+                color=line.get_color(),
+                markeredgecolor="white",
+                markersize=width + 7,
+                clip_on=False,
+            )
+    if axis.lines:
+        axis.plot([], [], "o", color="grey", label=f"at score {threshold:.2f}")
+        for handle in axis.legend(loc="lower left", fontsize=9).get_lines():
+            handle.set_linewidth(3)
+    else:
+        axis.text(0.5, 0.5, "no true defects", ha="center", va="center")
+
+
+def plot_confusions(
+    path: Path, confusions: Mapping[str, np.ndarray], classes: Sequence[str]
+) -> None:
+    """One confusion matrix (true class by decision) per model; shade: share of the row."""
+    columns = min(3, len(confusions))
+    rows = -(-len(confusions) // columns)
+    side = max(3.6, 1.6 + 0.62 * len(classes))
+    figure, axes = plt.subplots(rows, columns, figsize=(side * columns, side * rows), squeeze=False)
+    for axis in axes.flat[len(confusions) :]:
+        axis.set_visible(False)
+    for axis, (title, confusion) in zip(axes.flat, confusions.items(), strict=False):
+        share = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
+        axis.imshow(share, cmap="Blues", vmin=0, vmax=1)
+        for (row, column), count in np.ndenumerate(confusion):
+            if count:
+                dark = share[row, column] > 0.5
+                axis.text(
+                    column,
+                    row,
+                    str(count),
+                    ha="center",
+                    va="center",
+                    color="white" if dark else "black",
+                )
+        ticks = range(len(classes))
+        axis.set_xticks(ticks, classes, rotation=40, ha="right", rotation_mode="anchor", fontsize=9)
+        axis.set_yticks(ticks, classes, fontsize=9)
+        axis.set(title=title, xlabel="decision", ylabel="true class")
+    _save(figure, path)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    figure.tight_layout()
+    with atomic_path(path) as temporary:
+        figure.savefig(
+            temporary, dpi=120, metadata={"Software": None}
+        )  # equal bytes on equal input
+    plt.close(figure)

@@ -1,0 +1,184 @@
+"""An evaluation for people: tables of `metrics.json`, as Markdown and in the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import rich.box
+import rich.table
+from rich.console import Console
+
+from pipeline.data.dataset import GOOD
+
+Metrics = Mapping[str, Any]  # the content of metrics.json, see pipeline/stages/evaluate.py
+
+
+@dataclass(frozen=True)
+class Table:
+    title: str
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+def tables(metrics: Metrics) -> list[Table]:
+    found = [_headline(metrics), _per_class(metrics), _decisions(metrics), _recalls(metrics)]
+    if metrics["published"] is not None:
+        found.append(_published(metrics["published"]))
+    return found
+
+
+def markdown(metrics: Metrics) -> str:
+    """The whole report: tables, plots, and what went wrong, image by image in short."""
+    parts = [f"# Evaluation of the {metrics['split']} split", *notes(metrics)]
+    for table in tables(metrics):
+        lines = [table.header, ["---"] + ["---:"] * (len(table.header) - 1), *table.rows]
+        parts.append(f"## {table.title}")
+        parts.append("\n".join("| " + " | ".join(map(_escape, line)) + " |" for line in lines))
+    parts += ["## Plots", "![Precision and recall](pr_curves.png)", "![Confusion](confusion.png)"]
+    if metrics["missed"]:
+        parts.append("## Missed defects")
+        parts.append(
+            "\n".join(
+                f"- `{m['image']}`: {m['class']} at x, y, width, height = "
+                + ", ".join(f"{v:g}" for v in m["bbox"])
+                for m in metrics["missed"]
+            )
+        )
+    return "\n\n".join(parts) + "\n"
+
+
+def show(metrics: Metrics) -> None:
+    """Print the tables to the terminal."""
+    console = Console(highlight=False)
+    for table in tables(metrics):
+        drawn = rich.table.Table(
+            title=table.title,
+            title_justify="left",
+            box=rich.box.SIMPLE_HEAD,
+            pad_edge=False,
+            collapse_padding=True,
+            show_edge=False,
+        )
+        for i, name in enumerate(table.header):
+            drawn.add_column(name, justify="right" if i else "left", overflow="fold")
+        for row in table.rows:
+            drawn.add_row(*row)
+        console.print(drawn)
+        console.print()
+    for note in notes(metrics):
+        console.print(note, markup=False)
+
+
+def notes(metrics: Metrics) -> list[str]:
+    """What a reader must know to read the tables: one sentence or two each."""
+    good, verdicts = metrics["good_images"], metrics["verdicts"]
+    counts = ", ".join(f"{name} {count}" for name, count in verdicts.items())
+    lines = [
+        f"{metrics['images']} images, {good['count']} of them good, with {metrics['instances']} "
+        f"defects. Images by verdict: {counts} (false alarm: a box too many, on any image).",
+        f"A box counts from a score of {metrics['threshold']['value']:.3f}: "
+        f"{metrics['threshold']['reason']}.",
+    ]
+    if metrics["intervals"]:
+        lines.append(
+            f"In brackets: 95 % percentile bootstrap intervals, {metrics['resamples']} resamples "
+            "of the images."
+        )
+    return lines
+
+
+def _headline(metrics: Metrics) -> Table:
+    box, mask, oracle, good = (metrics[k] for k in ("box", "mask", "truth_boxes", "good_images"))
+    rows = [
+        ("Box mAP50", box["map50"], "box.map50"),
+        ("Box mAP50-95", box["map50_95"], "box.map50_95"),
+    ]
+    if mask is not None:
+        rows += [
+            ("Mask mAP50", mask["map50"], "mask.map50"),
+            ("Mask mAP50-95", mask["map50_95"], "mask.map50_95"),
+            ("Mean mask IoU, found defects", mask["mean_iou_matched"], "mask.mean_iou_matched"),
+            ("Mean mask IoU, all defects", mask["mean_iou_all"], "mask.mean_iou_all"),
+            ("Mean Dice, found defects", mask["dice_matched"], ""),
+            ("Mean Dice, all defects", mask["dice_all"], ""),
+        ]
+    if oracle is not None:
+        rows += [
+            ("Mean mask IoU from true boxes", oracle["mean_iou"], "truth_boxes.mean_iou"),
+            ("Mean Dice from true boxes", oracle["dice"], ""),
+        ]
+    per_image = "good_images.false_alarms_per_image"
+    rows.append(("False alarms per good image", good["false_alarms_per_image"], per_image))
+    cells = [[name, _number(value), _interval(metrics, key)] for name, value, key in rows]
+    cells.append(["Missed defects", f"{len(metrics['missed'])} of {metrics['instances']}", ""])
+    return Table("Boxes and masks", ["measure", "value", "95 % interval"], cells)
+
+
+def _per_class(metrics: Metrics) -> Table:
+    measures = [("box AP50", "box", "ap50_per_class"), ("box AP50-95", "box", "ap_per_class")]
+    if metrics["mask"] is not None:
+        measures += [
+            ("mask AP50", "mask", "ap50_per_class"),
+            ("mask AP50-95", "mask", "ap_per_class"),
+            ("mask IoU", "mask", "iou_per_class"),
+            ("pixel IoU", "mask", "pixel_iou_per_class"),
+        ]
+    if metrics["truth_boxes"] is not None:
+        measures.append(("mask IoU from true boxes", "truth_boxes", "iou_per_class"))
+    counts = metrics["instances_per_class"]
+    missed = [m["class"] for m in metrics["missed"]]
+    rows = [
+        ["true defects", *(str(count) for count in counts.values())],
+        ["missed defects", *(str(missed.count(name)) for name in counts)],
+    ]
+    for measure, group, key in measures:
+        rows.append([measure, *(_number(metrics[group][key][name]) for name in counts)])
+    return Table("By class", ["measure", *counts], rows)
+
+
+def _decisions(metrics: Metrics) -> Table:
+    rows = []
+    for name, scores in metrics["image_decision"].items():
+        row = [_label(name, scores)]
+        for key in ("accuracy", "balanced_accuracy", "macro_f1"):
+            interval = _interval(metrics, f"image_decision.{name}.{key}")
+            row.append(f"{_number(scores[key])} {interval}".strip())
+        rows.append(row)
+    return Table("Image decision", ["model", "accuracy", "balanced accuracy", "macro-F1"], rows)
+
+
+def _recalls(metrics: Metrics) -> Table:
+    names = [GOOD, *metrics["classes"]]
+    rows = [
+        [_label(name, scores), *(_number(scores["recall_per_class"][n]) for n in names)]
+        for name, scores in metrics["image_decision"].items()
+    ]
+    return Table("Image decision: recall per class", ["model", *names], rows)
+
+
+def _published(published: Mapping[str, Any]) -> Table:
+    rows = [
+        [row["name"], *(f"{row[part]:.3f}" for part in ("train", "val", "test"))]
+        for row in published["rows"]
+    ]
+    title = f"Accuracy in {published['source']} ({published['note']})"
+    return Table(title, ["model", "train", "val", "test"], rows)
+
+
+def _label(name: str, scores: Mapping[str, Any]) -> str:
+    return f"always {scores['class']}" if name == "majority" else name
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"  # noqa: RUF001
+
+
+def _interval(metrics: Metrics, key: str) -> str:
+    interval = metrics["intervals"].get(key)
+    return "" if interval is None else f"[{interval[0]:.2f}, {interval[1]:.2f}]"
+
+
+def _escape(cell: str) -> str:
+    return cell.replace("|", r"\|")

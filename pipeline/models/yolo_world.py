@@ -1,0 +1,227 @@
+"""YOLO-World detectors (v2): where they start from, how they are saved, how they detect.
+
+The network is Ultralytics' `WorldModel` (Cheng et al., YOLO-World, CVPR 2024, arXiv 2401.17270).
+A checkpoint of ours is an ordinary Ultralytics one: the prompt embeddings are inside, so detection
+needs no text encoder.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import supervision as sv
+import torch
+from torch import nn
+
+from pipeline.data.files import atomic_path
+from pipeline.errors import UserError
+from pipeline.models import weights
+from pipeline.models.device import has_fast_bfloat16
+from pipeline.models.ultralytics_settings import isolate
+
+isolate()
+
+from ultralytics.data.augment import LetterBox  # noqa: E402
+from ultralytics.nn.modules import C2fAttn  # noqa: E402
+from ultralytics.nn.tasks import DetectionModel, WorldModel, load_checkpoint  # noqa: E402
+from ultralytics.utils.nms import non_max_suppression  # noqa: E402
+from ultralytics.utils.ops import scale_boxes  # noqa: E402
+
+SCRATCH = re.compile(r"yolov8[nsmlx]-worldv2\.yaml")
+EMBEDDING = 512  # length of a prompt embedding, that of CLIP ViT-B/32
+# The width of the head's class branch depends on the number of classes a model is built for. Official
+# checkpoints are built for COCO's 80; the number of classes detected is then that of the prompts.
+BUILT_FOR = 80
+NMS_IOU = 0.5  # of two boxes of a class that overlap more, the better one is kept
+
+
+class PromptedWorldModel(WorldModel):
+    """A `WorldModel` that trains on its own prompt embeddings instead of texts in the batch.
+
+    `txt_feats` is (1, classes, 512): a parameter if the prompts are learned, else a constant tensor.
+    """
+
+    def loss(self, batch: dict[str, Any], preds: Any = None) -> Any:
+        if preds is None:
+            # Ultralytics leaves mixed precision to GPUs; on a CPU with AMX it halves the time.
+            fast = batch["img"].device.type == "cpu" and has_fast_bfloat16()
+            with torch.autocast("cpu", torch.bfloat16, enabled=fast):
+                preds = self.forward(batch["img"])
+            preds = {k: v.float() if torch.is_tensor(v) else v for k, v in preds.items()}
+        return super().loss(batch, preds)
+
+
+def load_model(source: str, *, offline: bool = False) -> WorldModel:
+    """A YOLO-World network from any starting point.
+
+    `source` is a name of the weights registry, a path to a YOLO-World checkpoint, a path to a plain
+    YOLOv8 checkpoint (converted by `from_yolov8`), or `yolov8n-worldv2.yaml` (n, s, m, l or x) for
+    random weights. Raises `UserError` when it is none of these.
+    """
+    if SCRATCH.fullmatch(source):
+        return _expect_few(WorldModel(source, nc=BUILT_FOR, verbose=False))
+    path = weights.resolve(source, offline=offline)
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path)
+    try:
+        model, _ = load_checkpoint(str(path))
+    except Exception as error:  # unpickling raises whatever the file's classes raise
+        raise UserError(f"{path}: expected an Ultralytics checkpoint, found {error}") from error
+    if isinstance(model, WorldModel):
+        return model
+    if type(model) is DetectionModel and re.fullmatch(r"yolov8[nsmlx]?\.yaml", _yaml_name(model)):
+        return from_yolov8(model)
+    raise UserError(
+        f"{path}: expected a YOLO-World or YOLOv8 detector, found {type(model).__name__} "
+        f"of {_yaml_name(model)}"
+    )
+
+
+def from_yolov8(detector: DetectionModel) -> WorldModel:
+    """Convert a plain YOLOv8 detector, keeping the function of its backbone, neck and box branch.
+
+    The tensors that both networks have are copied. A `C2fAttn` block is a `C2f` block with one more
+    input to its last convolution, the text attention; that input starts at zero weight, so neck and
+    boxes equal those of YOLOv8. Class embeddings have no counterpart and start at random.
+    """
+    world = WorldModel(f"yolov8{detector.yaml['scale']}-worldv2.yaml", nc=BUILT_FOR, verbose=False)
+    own, given = world.state_dict(), detector.float().state_dict()
+    copied = {k: v for k, v in given.items() if k in own and own[k].shape == v.shape}
+    for index, block in enumerate(world.model):
+        if isinstance(block, C2fAttn):
+            key = f"model.{index}.cv2.conv.weight"
+            copied[key] = torch.zeros_like(own[key])
+            copied[key][:, : given[key].shape[1]] = given[key]
+    world.load_state_dict(copied, strict=False)
+    return _expect_few(world)
+
+
+def _expect_few(world: WorldModel) -> WorldModel:
+    """Start an untrained class head at about five objects per 640 px image, as YOLOv8's head does."""
+    head = world.model[-1]
+    for stride, contrast in zip(head.stride, head.cv4, strict=True):
+        contrast.bias.data.fill_(math.log(5 / BUILT_FOR / (640 / float(stride)) ** 2))
+    return world
+
+
+def set_prompts(
+    model: WorldModel, classes: Sequence[str], embeddings: torch.Tensor | None, seed: int = 0
+) -> PromptedWorldModel:
+    """Make the model detect `classes`, by fixed embeddings (classes, 512) or, with None, learned ones.
+
+    Learned prompts keep what the model has if it was trained for the same classes; otherwise they
+    start as random orthonormal vectors.
+    """
+    known = dict(zip(model.names.values(), range(len(model.names)), strict=True))
+    trained = model.txt_feats.shape[1] == len(known) and all(name in known for name in classes)
+    if embeddings is None and trained:
+        embeddings = model.txt_feats[0, [known[name] for name in classes]].detach().float()
+        learned = True
+    elif embeddings is None:
+        generator = torch.Generator().manual_seed(seed)
+        basis = torch.randn(EMBEDDING, len(classes), generator=generator)
+        embeddings, learned = torch.linalg.qr(basis).Q.T.contiguous(), True
+    else:
+        learned = False
+    model.__class__ = PromptedWorldModel
+    del model.txt_feats
+    features = embeddings.detach().clone().reshape(1, len(classes), EMBEDDING)
+    model.txt_feats = nn.Parameter(features) if learned else features
+    model.names = dict(enumerate(classes))
+    model.nc = model.model[-1].nc = len(classes)
+    model.criterion = None  # an earlier loss counts the old classes
+    return model
+
+
+def plain(model: WorldModel) -> WorldModel:
+    """Turn a trained model into a plain `WorldModel`, which needs nothing of this package."""
+    features = model.txt_feats.detach().clone()
+    del model.txt_feats
+    model.txt_feats = features
+    model.__class__ = WorldModel
+    return model
+
+
+def save_checkpoint(model: WorldModel, path: Path) -> None:
+    """Write an Ultralytics checkpoint that training can start from."""
+    with atomic_path(path) as temporary:
+        torch.save({"model": model, "train_args": {}}, temporary)
+
+
+def save_safetensors(model: WorldModel, path: Path, image_size: int) -> None:
+    """Write a trained model in half precision, without pickles."""
+    from safetensors.torch import save_file
+
+    state = {k: v.contiguous() for k, v in model.state_dict().items()}
+    state["txt_feats"] = model.txt_feats.detach().contiguous()
+    state = {k: v.half() if v.is_floating_point() else v for k, v in state.items()}
+    metadata = {
+        "architecture": _yaml_name(model),
+        "classes": json.dumps(list(model.names.values())),
+        "image_size": str(image_size),
+    }
+    with atomic_path(path) as temporary:
+        save_file(state, temporary, metadata)
+
+
+class Detector:
+    """A trained network that finds boxes in images.
+
+    `image_size` is the longest side the network sees, in pixels (None: the size it was trained with).
+    """
+
+    def __init__(self, model: WorldModel, image_size: int | None, device: torch.device) -> None:
+        self.classes: tuple[str, ...] = tuple(model.names.values())
+        trained_with = dict(getattr(model, "args", {})).get("imgsz", 640)
+        self.image_size = image_size or int(trained_with)
+        self.device = device
+        self._model = model.float().fuse(verbose=False).eval().to(device)
+        self._letterbox = LetterBox(self.image_size, auto=True, stride=int(max(model.stride)))
+
+    @torch.inference_mode()
+    def detect(self, image: np.ndarray, min_score: float, max_boxes: int) -> sv.Detections:
+        """Boxes in an image, (height, width, 3) uint8 BGR, best first, in pixels of that image."""
+        resized = self._letterbox(image=image)[..., ::-1].transpose(2, 0, 1)
+        batch = torch.from_numpy(np.ascontiguousarray(resized)).to(self.device).float()[None] / 255
+        found = non_max_suppression(
+            self._model(batch),
+            min_score,
+            iou_thres=NMS_IOU,
+            max_det=max_boxes,
+            nc=len(self.classes),
+        )[0]
+        found[:, :4] = scale_boxes(batch.shape[2:], found[:, :4], image.shape)
+        boxes, scores, classes = found.cpu().split([4, 1, 1], dim=1)
+        return sv.Detections(
+            xyxy=boxes.numpy(),
+            confidence=scores.numpy().ravel(),
+            class_id=classes.numpy().ravel().astype(int),
+        )
+
+
+def _read_safetensors(path: Path) -> WorldModel:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            state = {key: file.get_tensor(key).float() for key in file.keys()}  # noqa: SIM118
+        model = WorldModel(metadata["architecture"], nc=BUILT_FOR, verbose=False)
+        model.txt_feats = state.pop("txt_feats")
+        model.load_state_dict(state)
+    except (SafetensorError, KeyError, RuntimeError) as error:
+        raise UserError(f"{path}: expected YOLO-World weights, found {error}") from None
+    model.names = dict(enumerate(json.loads(metadata["classes"])))
+    model.nc = model.model[-1].nc = len(model.names)
+    model.args = {"imgsz": int(metadata["image_size"])}
+    return model
+
+
+def _yaml_name(model: nn.Module) -> str:
+    return Path(str(model.yaml.get("yaml_file", "unknown"))).name

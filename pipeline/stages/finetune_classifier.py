@@ -1,0 +1,231 @@
+"""Train the image-classifier baseline: which of `good` and the defects is this image?
+
+Output folder:
+
+    best.safetensors      the epoch with the lowest validation loss
+    last.pt               the state that --resume goes on from
+    results.csv curves.png
+    predictions.json      probabilities of the validation and test images, by the best epoch
+    accuracy.json         accuracy and balanced accuracy of each split, by the best epoch
+    config.yaml run.json
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from torch import nn
+from torch.nn.functional import cross_entropy
+from torchvision.transforms import v2
+
+from pipeline import record
+from pipeline.config import FinetuneClassifierConfig
+from pipeline.data.dataset import GOOD, Dataset, Sample
+from pipeline.data.decision import confusion_matrix, decision_scores
+from pipeline.data.files import write_json
+from pipeline.errors import UserError
+from pipeline.models import classifier, training
+from pipeline.models.classifier import Classifier
+from pipeline.models.device import torch_device
+
+COMMAND = "finetune-classifier"
+
+
+@dataclass(frozen=True)
+class Split:
+    """A split in memory: decoded and resized once, so that epochs are fast."""
+
+    ids: list[int]
+    images: torch.Tensor  # (n, 3, size, size) uint8 RGB
+    labels: torch.Tensor  # (n,) int64: 0 is good, then the dataset's classes
+
+
+def run(config: FinetuneClassifierConfig) -> None:
+    dataset = Dataset(config.data)
+    samples = {name: dataset.split(name, config.fold) for name in ("train", "val", "test")}
+    empty = [name for name in ("train", "val") if not samples[name]]
+    if empty:
+        raise UserError(
+            *(f"--data: expected images in {config.data}'s {n} split, found none" for n in empty)
+        )
+    last = config.out / "last.pt"
+    if config.resume and not last.is_file():
+        raise UserError(f"--resume: expected a checkpoint at {last}, found none")
+    device = torch_device(config.device)
+    model = _model(config, (GOOD, *dataset.classes)).to(device)
+    splits = {name: _in_memory(split, config.image_size) for name, split in samples.items()}
+    if not config.resume:
+        record.claim(config.out, config.force)
+        last.unlink(missing_ok=True)
+    record.write_config(config.out, COMMAND, config)
+    train(model, splits["train"], splits["val"], config)
+    report(classifier.load(config.out / "best.safetensors").to(device), splits, config)
+    record.write_record(config.out, COMMAND, config)
+
+
+def _model(config: FinetuneClassifierConfig, classes: tuple[str, ...]) -> Classifier:
+    torch.manual_seed(config.seed)
+    if config.pretrained:
+        model = classifier.pretrained(
+            config.model, classes, config.image_size, offline=config.offline
+        )
+    else:
+        model = Classifier(config.model, classes, config.image_size)
+    if config.unfreeze:
+        model.train_only(config.unfreeze)
+    return model
+
+
+def _in_memory(samples: list[Sample], size: int) -> Split:
+    images = [classifier.resized(sample.image(), size) for sample in samples]
+    return Split(
+        [sample.image_id for sample in samples],
+        torch.stack(images) if images else torch.empty(0, 3, size, size, dtype=torch.uint8),
+        torch.tensor([sample.label + 1 for sample in samples], dtype=torch.int64),
+    )
+
+
+def train(
+    model: Classifier, seen: Split, validation: Split, config: FinetuneClassifierConfig
+) -> None:
+    """Train until `epochs` or `patience` are used up; checkpoints and curves go to `config.out`."""
+    optimizer = _optimizer(model, config)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.epochs)
+    augment = _augmentation(config)
+    last, signature = config.out / "last.pt", record.signature(COMMAND, config)
+    rows: training.Rows = []
+    if config.resume:
+        rows = training.restore_state(last, signature, model, optimizer, scheduler)
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+    with Progress(*columns) as progress:
+        bar = progress.add_task("", total=config.epochs, completed=len(rows))
+        while len(rows) < config.epochs and _since_best(rows) < config.patience:
+            epoch = len(rows) + 1
+            # Each epoch has its own seed, so that a resumed run equals an uninterrupted one.
+            seed = np.random.SeedSequence([config.seed, epoch]).generate_state(1)
+            torch.manual_seed(int(seed[0]))
+
+            def show(done: float, loss: float, epoch: int = epoch) -> None:
+                text = f"epoch {epoch}/{config.epochs} loss {loss:.3f}"
+                progress.update(bar, description=text, completed=epoch - 1 + done)
+
+            loss, accuracy = _train_epoch(model, seen, augment, optimizer, config.batch, show)
+            scheduler.step()
+            logits = classifier.predict(model, validation.images)
+            row = {
+                "epoch": epoch,
+                "train_loss": loss,
+                "train_accuracy": accuracy,
+                "val_loss": cross_entropy(logits, validation.labels).item(),
+                "val_accuracy": (logits.argmax(1) == validation.labels).double().mean().item(),
+            }
+            if not math.isfinite(row["train_loss"] + row["val_loss"]):
+                raise UserError(
+                    f"--lr: expected a lower one than {config.lr:g}, found that the loss is not "
+                    f"finite in epoch {epoch}"
+                )
+            rows.append(row)
+            if _since_best(rows) == 0:
+                classifier.save(model, config.out / "best.safetensors")
+            training.write_results(config.out / "results.csv", rows)
+            training.save_state(last, signature, model, optimizer, scheduler, rows)
+    panels = (("train_loss", "val_loss"), ("train_accuracy", "val_accuracy"))
+    best = rows[_best(rows)]["epoch"]
+    training.plot_curves(config.out / "curves.png", rows, panels, best)
+
+
+def _train_epoch(
+    model: Classifier,
+    split: Split,
+    augment: v2.Transform,
+    optimizer: torch.optim.Optimizer,
+    batch: int,
+    show: Callable[[float, float], None],
+) -> tuple[float, float]:
+    """One pass; returns mean loss and accuracy. `show` gets the part done and the last loss."""
+    model.train()
+    device = model.mean.device
+    loss_sum = correct = 0.0
+    order = torch.randperm(len(split.labels))
+    # Of even size: BatchNorm could not train on a single image left over.
+    batches = order.tensor_split(-(-len(order) // batch))
+    for i, chosen in enumerate(batches, start=1):
+        images = torch.stack([augment(split.images[j]) for j in chosen]).to(device)
+        labels = split.labels[chosen].to(device)
+        logits = model(images)
+        loss = cross_entropy(logits, labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        loss_sum += loss.item() * len(chosen)
+        correct += (logits.argmax(1) == labels).sum().item()
+        show(i / len(batches), loss.item())
+    return loss_sum / len(order), correct / len(order)
+
+
+def _optimizer(model: nn.Module, config: FinetuneClassifierConfig) -> torch.optim.Optimizer:
+    cls = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer]
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return cls(parameters, lr=config.lr, weight_decay=config.weight_decay)
+
+
+def _augmentation(config: FinetuneClassifierConfig) -> v2.Transform:
+    steps: list[nn.Module] = []
+    if config.auto_augment:
+        steps.append(v2.AutoAugment(v2.AutoAugmentPolicy.IMAGENET))
+    steps.append(v2.RandomHorizontalFlip())
+    if config.rotation:
+        steps.append(v2.RandomRotation(config.rotation, v2.InterpolationMode.BILINEAR))
+    return v2.Compose(steps)
+
+
+def _best(rows: training.Rows) -> int:
+    """Index of the row with the lowest validation loss.
+
+    A few dozen images have too few values of accuracy to choose among epochs by.
+    """
+    return min(range(len(rows)), key=lambda i: rows[i]["val_loss"])
+
+
+def _since_best(rows: training.Rows) -> int:
+    return len(rows) - 1 - _best(rows) if rows else 0
+
+
+def report(model: Classifier, splits: dict[str, Split], config: FinetuneClassifierConfig) -> None:
+    """Write predictions and accuracies of the best epoch, and print the latter as a table."""
+    start = "ImageNet" if config.pretrained else "scratch"
+    name = f"{model.name} ({start})"
+    table = Table("split", "images", "accuracy", "balanced accuracy", "always good", title=name)
+    accuracies: dict[str, dict[str, float]] = {}
+    predictions: dict[str, list[float]] = {}
+    for part, split in splits.items():
+        if not split.ids:
+            continue
+        probabilities = classifier.predict(model, split.images).softmax(1)
+        labels, decisions = split.labels.numpy(), probabilities.argmax(1).numpy()
+        scores = decision_scores(confusion_matrix(labels, decisions, len(model.classes)))
+        accuracies[part] = {
+            "images": len(split.ids),
+            "accuracy": float(scores.accuracy),
+            "balanced_accuracy": float(scores.balanced_accuracy),
+            "always_good": float((labels == 0).mean()),
+        }
+        count, *values = accuracies[part].values()
+        table.add_row(part, str(count), *(f"{value:.3f}" for value in values))
+        if part != "train":
+            rounded = [[round(p, 6) for p in row] for row in probabilities.tolist()]
+            predictions |= dict(zip(map(str, split.ids), rounded, strict=True))
+    write_json(
+        config.out / "predictions.json",
+        {"name": name, "classes": list(model.classes), "images": predictions},
+    )
+    write_json(config.out / "accuracy.json", accuracies)
+    Console().print(table)

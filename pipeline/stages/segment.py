@@ -1,0 +1,149 @@
+"""Boxes from a detector, a file or the truth; a pixel mask for each from SAM.
+
+Output folder: predictions.json and images.json (see `pipeline.data.predictions`), masks/ with
+--masks, config.yaml, run.json.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import supervision as sv
+from rich.progress import Progress
+
+from pipeline import record
+from pipeline.config import SegmentConfig
+from pipeline.data import predictions
+from pipeline.data.dataset import Dataset
+from pipeline.data.files import atomic_path
+from pipeline.data.video import Frame, frames
+from pipeline.errors import UserError
+from pipeline.models import sam as sams
+from pipeline.models.device import torch_device
+
+COMMAND = "segment"
+FindBoxes = Callable[[Frame], sv.Detections]
+
+
+def run(config: SegmentConfig) -> None:
+    device = torch_device(config.device)
+    dataset = Dataset(config.source) if (config.source / "annotations").is_dir() else None
+    find_boxes, classes = _box_source(config, dataset)
+    loaded = sams.load_sam(config.sam, offline=config.offline)
+    segmenter = sams.Segmenter(loaded, config.zoom, device)
+    record.claim(config.out, config.force)
+    results: list[dict[str, Any]] = []
+    images: list[dict[str, Any]] = []
+    with Progress() as progress:
+        bar = progress.add_task("segmenting", total=None)
+        for frame in _frames(config, dataset):
+            boxes = find_boxes(frame)
+            boxes = boxes[np.asarray(boxes.confidence) >= config.min_score][: config.max_boxes]
+            found = segmenter.segment(frame.image, boxes, config.prompt)
+            results += predictions.coco_results(frame.image_id, found)
+            height, width = frame.image.shape[:2]
+            images.append(
+                {"id": frame.image_id, "file_name": frame.name, "width": width, "height": height}
+            )
+            if config.masks:
+                name = f"{Path(frame.name).stem}.png"
+                _write_mask(config.out / "masks" / name, found, (height, width))
+            progress.advance(bar)
+    predictions.write_predictions(config.out, results, images, classes)
+    record.write_record(config.out, COMMAND, config)
+    print(f"{len(results)} instances in {len(images)} images: {config.out}")
+
+
+def _frames(config: SegmentConfig, dataset: Dataset | None) -> Iterator[Frame]:
+    """The pictures to segment: the dataset's splits, or whatever the source holds."""
+    if dataset is None:
+        yield from frames(config.source)
+        return
+    for split in config.splits:
+        for sample in dataset.split(split, config.fold):
+            yield Frame(sample.image_id, sample.path.name, sample.image())
+
+
+def _box_source(
+    config: SegmentConfig, dataset: Dataset | None
+) -> tuple[FindBoxes, tuple[str, ...]]:
+    """Where boxes come from: a function of the frame, and the classes its boxes refer to."""
+    if config.boxes == "truth":
+        if dataset is None:
+            raise UserError(f"--boxes truth: expected a dataset, found {config.source}")
+        return _true_boxes(config, dataset), dataset.classes
+    if config.boxes.endswith(".json"):
+        return _boxes_of_file(Path(config.boxes), dataset)
+    return _detected_boxes(config, dataset)
+
+
+def _true_boxes(config: SegmentConfig, dataset: Dataset) -> FindBoxes:
+    truth = {
+        sample.image_id: sample.truth
+        for split in config.splits
+        for sample in dataset.split(split, config.fold)
+    }
+
+    def find(frame: Frame) -> sv.Detections:
+        true = truth[frame.image_id]
+        return sv.Detections(
+            xyxy=true.xyxy, class_id=true.class_id, confidence=np.ones(len(true), np.float32)
+        )
+
+    return find
+
+
+def _boxes_of_file(path: Path, dataset: Dataset | None) -> tuple[FindBoxes, tuple[str, ...]]:
+    """Boxes of a COCO results file; its classes are the dataset's, or those of its images.json."""
+    entries = predictions.read_results(path)
+    if dataset is not None:
+        classes = dataset.classes
+    else:
+        classes = predictions.read_images(path.parent)[0]
+    largest = max((e["category_id"] for group in entries.values() for e in group), default=1)
+    if largest > len(classes):
+        raise UserError(f"{path}: expected category ids up to {len(classes)}, found {largest}")
+
+    def find(frame: Frame) -> sv.Detections:
+        found = sorted(entries.get(frame.image_id, []), key=lambda entry: -entry["score"])
+        return predictions.from_coco_results([{**e, "segmentation": None} for e in found])
+
+    return find, classes
+
+
+def _detected_boxes(
+    config: SegmentConfig, dataset: Dataset | None
+) -> tuple[FindBoxes, tuple[str, ...]]:
+    """Boxes of a detector; where there is a dataset, with that dataset's class indices."""
+    from pipeline.models import yolo_world
+
+    model = yolo_world.load_model(config.boxes, offline=config.offline)
+    detector = yolo_world.Detector(model, config.image_size, torch_device(config.device))
+    classes = dataset.classes if dataset else detector.classes
+    unknown = [name for name in detector.classes if name not in classes]
+    if unknown:
+        raise UserError(
+            f"--boxes: expected a detector of {', '.join(classes)}, found one of "
+            f"{', '.join(detector.classes)}"
+        )
+    index = np.array([classes.index(name) for name in detector.classes])
+
+    def find(frame: Frame) -> sv.Detections:
+        found = detector.detect(frame.image, config.min_score, config.max_boxes)
+        found.class_id = index[found.class_id]
+        return found
+
+    return find, classes
+
+
+def _write_mask(path: Path, found: sv.Detections, shape: tuple[int, int]) -> None:
+    """A PNG whose pixels are category ids, 0 where there is no defect; higher scores win."""
+    labels = np.zeros(shape, np.uint8)
+    for i in np.argsort(found.confidence, kind="stable"):
+        labels[found.mask[i]] = found.class_id[i] + 1
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(cv2.imencode(".png", labels)[1].tobytes())

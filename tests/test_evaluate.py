@@ -1,0 +1,443 @@
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+from pycocotools import mask as coco_mask
+
+from pipeline.config import EvaluateConfig
+from pipeline.errors import UserError
+from pipeline.stages.evaluate import run
+
+CLASSES = ("bent_lead", "cut_lead", "damaged_case", "misplaced")
+SIDE = 64
+
+Box = tuple[int, int, int, int]  # x, y, width, height
+
+
+def rle(box: Box) -> dict[str, Any]:
+    """Run lengths of a filled box."""
+    x, y, width, height = box
+    mask = np.zeros((SIDE, SIDE), np.uint8, order="F")
+    mask[y : y + height, x : x + width] = 1
+    found = coco_mask.encode(mask)
+    return {"size": [SIDE, SIDE], "counts": found["counts"].decode()}
+
+
+@dataclass
+class World:
+    """A dataset and the outputs of other stages, written by hand."""
+
+    root: Path
+    classes: Sequence[str] = CLASSES
+    first_id: int = 1  # of the annotations
+    splits: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+
+    def add(self, split: str, *truth: tuple[int, Box]) -> int:
+        """Add an image with (category, box) instances, and return its id."""
+        image_id = sum(map(len, self.splits.values())) + 1
+        cls = self.classes[truth[0][0] - 1] if truth else "good"
+        image = {"id": image_id, "name": f"{cls}__{image_id:03}.png", "truth": truth}
+        self.splits.setdefault(split, []).append(image)
+        return image_id
+
+    def write(self) -> Path:
+        data = self.root / "data"
+        everything = [image for images in self.splits.values() for image in images]
+        for stem, images in {"instances": everything, **self.splits}.items():
+            name = stem if stem == "instances" else f"instances_{stem}"
+            self._json(data / "annotations" / f"{name}.json", self._coco(images))
+        for image in everything:
+            (data / "images").mkdir(exist_ok=True)
+            cv2.imwrite(str(data / "images" / image["name"]), np.zeros((SIDE, SIDE, 3), np.uint8))
+        return data
+
+    def predict(
+        self, folder: str, *entries: tuple[int, int, Box, float], masks: bool = True
+    ) -> Path:
+        """Write (image, category, box, score) as the output of `pipeline segment`."""
+        results = [
+            {"image_id": image, "category_id": category, "bbox": list(box), "score": score}
+            | ({"segmentation": rle(box)} if masks else {})
+            for image, category, box, score in entries
+        ]
+        everything = [image for images in self.splits.values() for image in images]
+        self._json(self.root / folder / "predictions.json", results)
+        coco = {**self._coco(everything), "annotations": []}
+        self._json(self.root / folder / "images.json", coco)
+        return self.root / folder
+
+    def truth_boxes(self, masks: bool = True) -> Path:
+        entries = [
+            (image["id"], category, box, 1.0)
+            for images in self.splits.values()
+            for image in images
+            for category, box in image["truth"]
+        ]
+        return self.predict("truth_boxes", *entries, masks=masks)
+
+    def classify(self, folder: str, name: str, decisions: dict[int, str]) -> Path:
+        """Write certain decisions, with the classes in an order other than the dataset's."""
+        names = [*reversed(self.classes), "good"]
+        images = {str(i): [float(n == d) for n in names] for i, d in decisions.items()}
+        content = {"name": name, "classes": names, "images": images}
+        self._json(self.root / folder / "predictions.json", content)
+        return self.root / folder
+
+    def _coco(self, images: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        annotations: list[dict[str, Any]] = []
+        for image in images:
+            for category, box in image["truth"]:
+                annotations.append(
+                    {
+                        "id": self.first_id + len(annotations),
+                        "image_id": image["id"],
+                        "category_id": category,
+                        "bbox": list(box),
+                        "area": box[2] * box[3],
+                        "segmentation": rle(box),
+                        "iscrowd": 0,
+                    }
+                )
+        return {
+            "images": [
+                {"id": i["id"], "file_name": i["name"], "width": SIDE, "height": SIDE}
+                for i in images
+            ],
+            "annotations": annotations,
+            "categories": [{"id": k, "name": n} for k, n in enumerate(self.classes, start=1)],
+        }
+
+    @staticmethod
+    def _json(path: Path, value: Any) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(value))
+
+
+def evaluate(data: Path, predictions: Path, **options: Any) -> dict[str, Any]:
+    out = data.parent / "out"
+    options = {"resamples": 0, "threshold": 0.5, "force": True, **options}
+    run(EvaluateConfig(data=data, predictions=predictions, out=out, **options))
+    return json.loads((out / "metrics.json").read_text())
+
+
+BOX = (10, 10, 20, 10)
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    """Test split: images 1 to 4 with one defect of each class, 5 and 6 good."""
+    world = World(tmp_path)
+    for category in range(1, 5):
+        world.add("test", (category, BOX))
+    world.add("test")
+    world.add("test")
+    return world
+
+
+def test_perfect_predictions_score_one(world: World) -> None:
+    predictions = world.predict("found", *((i, i, BOX, 0.9) for i in range(1, 5)))
+    metrics = evaluate(world.write(), predictions, truth_boxes=world.truth_boxes())
+    for group in ("box", "mask"):
+        assert metrics[group]["map50"] == metrics[group]["map50_95"] == 1
+        assert metrics[group]["ap_per_class"] == dict.fromkeys(CLASSES, 1)
+    mask = metrics["mask"]
+    assert mask["mean_iou_matched"] == mask["mean_iou_all"] == 1
+    assert mask["dice_matched"] == mask["dice_all"] == 1
+    assert mask["pixel_iou_per_class"] == dict.fromkeys(CLASSES, 1)
+    truth_boxes = {"mean_iou": 1, "dice": 1, "iou_per_class": dict.fromkeys(CLASSES, 1)}
+    assert metrics["truth_boxes"] == truth_boxes
+    assert metrics["missed"] == []
+    assert metrics["good_images"]["false_alarms_per_image"] == 0
+    detector = metrics["image_decision"]["detector"]
+    assert (detector["accuracy"], detector["balanced_accuracy"], detector["macro_f1"]) == (1, 1, 1)
+    assert metrics["verdicts"] == {
+        "hit": 4, "miss": 0, "wrong class": 0, "false alarm": 0, "correct": 2,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("first_id", [0, 1])
+def test_annotation_ids_from_zero_do_not_cost_a_match(tmp_path: Path, first_id: int) -> None:
+    world = World(tmp_path, classes=("scratch",), first_id=first_id)
+    image = world.add("test", (1, BOX))
+    metrics = evaluate(world.write(), world.predict("found", (image, 1, BOX, 0.9)))
+    assert metrics["box"]["map50_95"] == metrics["mask"]["map50_95"] == 1
+
+
+def test_figures_of_a_case_worked_out_by_hand(world: World) -> None:
+    shifted = (14, 10, 20, 10)  # 16 of 24 columns in common: IoU 2/3, Dice 4/5
+    predictions = world.predict(
+        "found",
+        (1, 1, BOX, 0.9),  # hit
+        (2, 2, shifted, 0.8),  # hit
+        (3, 4, BOX, 0.7),  # wrong class
+        (4, 4, BOX, 0.4),  # under the threshold: missed
+        (5, 1, BOX, 0.6),  # two false alarms on a good image
+        (5, 2, (40, 40, 9, 9), 0.5),
+    )
+    metrics = evaluate(world.write(), predictions, truth_boxes=world.truth_boxes())
+
+    # cut_lead is found at the IoU thresholds 0.50, 0.55, 0.60 and 0.65; misplaced behind one error
+    assert metrics["box"]["ap50_per_class"] == {
+        "bent_lead": 1, "cut_lead": 1, "damaged_case": 0, "misplaced": 0.5,
+    }  # fmt: skip
+    assert metrics["box"]["ap_per_class"] == {
+        "bent_lead": 1, "cut_lead": 0.4, "damaged_case": 0, "misplaced": 0.5,
+    }  # fmt: skip
+    assert metrics["box"]["map50"] == 0.625
+    assert metrics["box"]["map50_95"] == 0.475
+    mask = metrics["mask"]
+    assert mask["map50"] == 0.625
+    assert mask["mean_iou_matched"] == pytest.approx((1 + 2 / 3) / 2, abs=1e-6)
+    assert mask["mean_iou_all"] == pytest.approx((1 + 2 / 3) / 4, abs=1e-6)
+    assert mask["dice_matched"] == pytest.approx((1 + 4 / 5) / 2, abs=1e-6)
+    assert mask["dice_all"] == pytest.approx((1 + 4 / 5) / 4, abs=1e-6)
+    # pixels pooled over images: the false alarms count in the union
+    assert mask["pixel_iou_per_class"] == {
+        "bent_lead": pytest.approx(200 / 400),
+        "cut_lead": pytest.approx(160 / (240 + 81), abs=1e-6),
+        "damaged_case": 0,
+        "misplaced": 0,
+    }
+    assert metrics["good_images"] == {
+        "count": 2, "false_alarms": 2, "with_false_alarms": 1, "false_alarms_per_image": 1,
+    }  # fmt: skip
+    assert [(m["image_id"], m["class"]) for m in metrics["missed"]] == [
+        (3, "damaged_case"), (4, "misplaced"),
+    ]  # fmt: skip
+    assert metrics["missed"][0]["bbox"] == list(BOX)
+    detector = metrics["image_decision"]["detector"]
+    assert detector["confusion"] == [
+        [1, 1, 0, 0, 0],
+        [0, 1, 0, 0, 0],
+        [0, 0, 1, 0, 0],
+        [0, 0, 0, 0, 1],
+        [1, 0, 0, 0, 0],
+    ]
+    assert detector["accuracy"] == 0.5
+    assert detector["balanced_accuracy"] == 0.5  # recalls 1/2, 1, 1, 0, 0
+    assert detector["macro_f1"] == pytest.approx((1 / 2 + 2 / 3 + 1 + 0 + 0) / 5, abs=1e-6)
+    with (world.root / "out" / "images.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["verdict"], row["decision"], row["iou"]) for row in rows] == [
+        ("hit", "bent_lead", "1.0000"),
+        ("hit", "cut_lead", "0.6667"),
+        ("wrong class", "misplaced", "0.0000"),
+        ("miss", "good", "0.0000"),
+        ("false alarm", "bent_lead", ""),
+        ("correct", "good", ""),
+    ]
+
+
+def test_classifiers_stand_beside_the_detector_and_the_majority(world: World) -> None:
+    right = {**dict(enumerate(CLASSES, start=1)), 5: "good", 6: "good"}
+    a = world.classify("a", "resnet18", right)
+    b = world.classify("b", "resnet18", {**right, 1: "cut_lead"})
+    metrics = evaluate(world.write(), world.predict("found"), classifiers=(a, b))
+    decisions = metrics["image_decision"]
+    assert list(decisions) == ["detector", "resnet18", "resnet18 (b)", "majority"]
+    assert decisions["resnet18"]["accuracy"] == 1
+    assert decisions["resnet18 (b)"]["recall_per_class"] == {
+        "good": 1, "bent_lead": 0, "cut_lead": 1, "damaged_case": 1, "misplaced": 1,
+    }  # fmt: skip
+    assert decisions["majority"]["class"] == "good"
+    assert decisions["majority"]["accuracy"] == pytest.approx(2 / 6, abs=1e-6)
+    assert decisions["majority"]["balanced_accuracy"] == 0.2
+    assert decisions["majority"]["macro_f1"] == pytest.approx((2 * 2 / (2 + 6)) / 5, abs=1e-6)
+
+
+def test_empty_predictions_are_zeros(world: World) -> None:
+    metrics = evaluate(world.write(), world.predict("found"), resamples=20)
+    assert metrics["box"]["map50"] == metrics["mask"]["map50_95"] == 0
+    assert metrics["box"]["ap_per_class"] == dict.fromkeys(CLASSES, 0)
+    assert metrics["mask"]["mean_iou_all"] == 0
+    assert metrics["mask"]["mean_iou_matched"] is None
+    assert len(metrics["missed"]) == 4
+    assert metrics["intervals"]["box.map50"] == [0, 0]
+
+
+def test_a_class_without_truth_is_left_out(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    image = world.add("test", (1, BOX))
+    predictions = world.predict("found", (image, 1, BOX, 0.9), (image, 2, BOX, 0.8))
+    metrics = evaluate(world.write(), predictions, resamples=20)
+    nothing = dict.fromkeys(CLASSES[1:])
+    for per_class in ("ap50_per_class", "ap_per_class"):
+        assert metrics["box"][per_class] == {"bent_lead": 1, **nothing}
+    assert metrics["mask"]["iou_per_class"] == {"bent_lead": 1, **nothing}
+    assert metrics["mask"]["pixel_iou_per_class"] == {"bent_lead": 1, **nothing}
+    assert metrics["box"]["map50"] == 1
+    assert metrics["good_images"]["false_alarms_per_image"] is None
+    assert metrics["image_decision"]["detector"]["balanced_accuracy"] == 1
+    assert metrics["image_decision"]["detector"]["recall_per_class"]["good"] is None
+    assert "good_images.false_alarms_per_image" not in metrics["intervals"]
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert "| pixel IoU | 1.000 | – | – | – |" in report  # noqa: RUF001
+
+
+@pytest.mark.parametrize("alarms", [0, 3])
+def test_a_split_of_good_images_alone(tmp_path: Path, alarms: int) -> None:
+    world = World(tmp_path)
+    images = [world.add("test") for _ in range(4)]
+    predictions = world.predict("found", *((i, 1, BOX, 0.9) for i in images[:alarms]))
+    metrics = evaluate(world.write(), predictions, resamples=20, truth_boxes=world.truth_boxes())
+    assert metrics["box"]["map50"] is None
+    assert metrics["mask"]["mean_iou_all"] is None
+    assert metrics["truth_boxes"]["mean_iou"] is None
+    assert metrics["good_images"]["false_alarms_per_image"] == alarms / 4
+    assert metrics["image_decision"]["detector"]["accuracy"] == 1 - alarms / 4
+    assert metrics["image_decision"]["majority"]["accuracy"] == 1
+
+
+def test_predictions_without_masks_give_no_mask_figures(world: World) -> None:
+    predictions = world.predict("found", (1, 1, BOX, 0.9), masks=False)
+    metrics = evaluate(world.write(), predictions)
+    assert metrics["mask"] is None
+    assert metrics["box"]["ap50_per_class"]["bent_lead"] == 1
+
+
+def test_threshold_comes_from_the_val_split_alone(world: World) -> None:
+    val = [world.add("val", (1, BOX)), world.add("val")]
+    predictions = world.predict(
+        "found",
+        (val[0], 1, BOX, 0.8),
+        (val[1], 1, BOX, 0.3),  # a false alarm on a good image of val
+        (1, 1, BOX, 0.5),  # in test: just under the threshold
+        (2, 2, BOX, 0.6),
+    )
+    metrics = evaluate(world.write(), predictions, threshold=None)
+    assert metrics["threshold"]["value"] == pytest.approx((0.3 + 0.8) / 2)
+    assert metrics["threshold"]["f1"] == 1
+    assert [m["image_id"] for m in metrics["missed"]] == [1, 3, 4]
+
+
+@pytest.mark.parametrize("case", ["no val split", "val not predicted", "nothing found"])
+def test_threshold_falls_back_and_says_so(
+    world: World, case: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    predictions = world.predict("found", (1, 1, BOX, 0.25), (2, 2, BOX, 0.24))
+    if case != "no val split":
+        world.add("val", (1, BOX))
+    if case == "nothing found":
+        predictions = world.predict("found", (1, 1, BOX, 0.25), (2, 2, BOX, 0.24))
+    metrics = evaluate(world.write(), predictions, threshold=None)
+    assert metrics["threshold"]["value"] == 0.25
+    assert "default" in metrics["threshold"]["reason"]
+    assert "0.250: the default" in " ".join(capsys.readouterr().out.split())
+    assert [m["image_id"] for m in metrics["missed"]] == [2, 3, 4]
+
+
+def test_intervals_surround_the_figures_and_are_seeded(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    entries = []
+    for i in range(40):
+        image = world.add("test", (1, BOX)) if i % 2 else world.add("test")
+        if i % 3:
+            entries.append((image, 1, (10 + i % 4, 10, 20, 10), 0.5 + i / 100))
+    data, predictions = world.write(), world.predict("found", *entries)
+    metrics = evaluate(data, predictions, resamples=200, truth_boxes=world.truth_boxes())
+    assert set(metrics["intervals"]) == {
+        "box.map50", "box.map50_95", "mask.map50", "mask.map50_95",
+        "mask.mean_iou_matched", "mask.mean_iou_all", "truth_boxes.mean_iou",
+        "good_images.false_alarms_per_image",
+        *(
+            f"image_decision.{name}.{key}"
+            for name in ("detector", "majority")
+            for key in ("accuracy", "balanced_accuracy", "macro_f1")
+        ),
+    }  # fmt: skip
+    for key, (low, high) in metrics["intervals"].items():
+        value: Any = metrics
+        for part in key.split("."):
+            value = value[part]
+        assert 0 <= low <= value <= high
+        if key not in ("truth_boxes.mean_iou", "image_decision.majority.balanced_accuracy"):
+            assert low < high
+    repeated = evaluate(data, predictions, resamples=200)
+    assert repeated["intervals"]["box.map50_95"] == metrics["intervals"]["box.map50_95"]
+    other = evaluate(data, predictions, resamples=200, seed=1)
+    assert other["intervals"]["box.map50_95"] != metrics["intervals"]["box.map50_95"]
+
+
+def test_published_rows_are_shown_for_the_classes_of_the_study_alone(
+    tmp_path: Path, world: World, capsys: pytest.CaptureFixture[str]
+) -> None:
+    metrics = evaluate(world.write(), world.predict("found"))
+    assert [row["test"] for row in metrics["published"]["rows"]] == [
+        0.873, 0.873, 0.889, 0.905, 0.905,
+    ]  # fmt: skip
+    assert "published; other split" in capsys.readouterr().out
+
+    other = World(tmp_path / "other", classes=("scratch",))
+    other.add("test", (1, BOX))
+    assert evaluate(other.write(), other.predict("found"))["published"] is None
+    assert "other split" not in capsys.readouterr().out
+
+
+def test_output_folder_is_complete(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    predictions = world.predict("found", *((i, i, BOX, 0.9) for i in range(1, 5)))
+    evaluate(world.write(), predictions, resamples=20)
+    out = world.root / "out"
+    assert {path.name for path in out.iterdir()} == {
+        "metrics.json", "report.md", "images.csv", "pr_curves.png", "confusion.png",
+        "config.yaml", "run.json",
+    }  # fmt: skip
+    for plot in out.glob("*.png"):
+        image = cv2.imread(str(plot))
+        assert image is not None and min(image.shape[:2]) > 300
+    printed = capsys.readouterr().out
+    assert "Box mAP50" in printed and "always good" in printed
+    assert "Running per image evaluation" not in printed  # pycocotools' chatter
+    report = (out / "report.md").read_text()
+    assert "| Box mAP50 | 1.000 | [1.00, 1.00] |" in report
+    with pytest.raises(UserError, match="--force"):
+        evaluate(world.root / "data", predictions, force=False)
+
+
+def edit(path: Path, change: Any) -> None:
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "message"),
+    [
+        ("found/images.json", lambda c: c["images"].pop(0), "image 1: expected bent_lead__001.png"),
+        ("found/images.json", lambda c: c["images"][0].update(width=9), "found .* with 9x64"),
+        ("found/images.json", lambda c: c["categories"].pop(), "expected the classes"),
+        ("found/images.json", lambda c: c.pop("images"), "expected COCO images"),
+        ("found/predictions.json", lambda c: c[0].update(category_id=5), "category of 1 to 4"),
+        ("found/predictions.json", lambda c: c[0].pop("segmentation"), "all 2 entries or in none"),
+        (
+            "found/predictions.json",
+            lambda c: c[0]["segmentation"].update(size=[4, 5]),
+            "expected masks of 64 rows",
+        ),
+        ("truth_boxes/predictions.json", lambda c: c.pop(0), "--truth-boxes: expected a mask"),
+        ("model/predictions.json", lambda c: c["classes"].pop(), "expected the classes"),
+        ("model/predictions.json", lambda c: c["images"].pop("2"), "of cut_lead__002.png"),
+        ("model/predictions.json", lambda c: c["images"]["2"].pop(), "expected 5 probabilities"),
+        ("model/predictions.json", lambda c: c.pop("name"), "predictions of a classifier"),
+    ],
+)
+def test_input_that_does_not_fit_is_refused(
+    world: World, file: str, change: Any, message: str
+) -> None:
+    predictions = world.predict("found", (1, 1, BOX, 0.9), (2, 2, BOX, 0.9))
+    options = {
+        "truth_boxes": world.truth_boxes(),
+        "classifiers": (world.classify("model", "m", dict.fromkeys(range(1, 7), "good")),),
+    }
+    data = world.write()
+    edit(world.root / file, change)
+    with pytest.raises(UserError, match=message):
+        evaluate(data, predictions, **options)
+    assert not (world.root / "out").exists()

@@ -1,0 +1,417 @@
+"""The review video, read back: its pixels tell which image, verdict and mask it shows."""
+
+from __future__ import annotations
+
+import tracemalloc
+from collections.abc import Callable
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, get_args
+
+import cv2
+import numpy as np
+import pytest
+import supervision as sv
+
+from pipeline.config import OverlayConfig
+from pipeline.data import draw
+from pipeline.data.files import read_json, write_json
+from pipeline.data.masks import encode_rle
+from pipeline.data.matching import Verdict
+from pipeline.data.predictions import write_predictions
+from pipeline.data.video import VideoWriter, frames, probe
+from pipeline.errors import UserError
+from pipeline.stages import overlay
+
+CLASSES = ("crack", "stain")
+SIZE = 100  # width and height of the images
+BOX = (10, 20, 40, 60)  # where the defects are: x1, y1, x2, y2
+OTHER = (60, 20, 90, 60)
+
+# name, grey level of the image, true (class, box), predicted (class, box, score), verdict
+IMAGES: list[tuple[str, int, list[Any], list[Any], str]] = [
+    ("crack__a.png", 40, [(0, BOX)], [(0, BOX, 0.9)], "hit"),
+    ("crack__b.png", 60, [(0, BOX)], [(0, (10, 20, 40, 50), 0.8)], "hit"),  # IoU 0.75
+    ("crack__c.png", 80, [(0, BOX)], [(1, BOX, 0.7)], "wrong class"),
+    ("good__a.png", 100, [], [], "correct"),
+    ("good__b.png", 120, [], [(1, BOX, 0.4)], "false alarm"),
+    ("good__c.png", 140, [], [(1, BOX, 0.6)], "false alarm"),
+    ("good__d.png", 160, [], [(1, BOX, 0.1)], "correct"),  # under the threshold
+    ("stain__a.png", 180, [(1, BOX)], [], "miss"),
+    ("stain__b.png", 200, [(1, BOX), (1, OTHER)], [(1, BOX, 0.9)], "miss"),  # half is found
+]
+BY_CLASS = [40, 60, 80, 180, 200, 100, 120, 140, 160]
+BY_ERROR = [80, 180, 200, 140, 120, 60, 40, 100, 160]
+
+
+def rectangle(box: tuple[int, int, int, int]) -> np.ndarray:
+    mask = np.zeros((SIZE, SIZE), bool)
+    mask[box[1] : box[3], box[0] : box[2]] = True
+    return mask
+
+
+def instance(image_id: int, cls: int, box: tuple[int, int, int, int]) -> dict[str, Any]:
+    return {
+        "image_id": image_id,
+        "category_id": cls + 1,
+        "bbox": [box[0], box[1], box[2] - box[0], box[3] - box[1]],
+        "segmentation": encode_rle(rectangle(box)),
+    }
+
+
+def write_image(path: Path, level: int) -> None:
+    assert cv2.imwrite(str(path), np.full((SIZE, SIZE, 3), level, np.uint8))
+
+
+def write_data(root: Path, images: list[tuple[str, int, list[Any], list[Any], str]]) -> None:
+    """A dataset in `root/data` and predictions in `root/predictions`."""
+    (root / "data" / "images").mkdir(parents=True)
+    coco_images: list[Any] = []
+    annotations: list[Any] = []
+    results: list[Any] = []
+    for image_id, (name, level, truth, predicted, _) in enumerate(images, start=1):
+        write_image(root / "data" / "images" / name, level)
+        coco_images.append({"id": image_id, "file_name": name, "width": SIZE, "height": SIZE})
+        for cls, box in truth:
+            entry = instance(image_id, cls, box) | {"area": 1, "id": len(annotations) + 1}
+            annotations.append(entry | {"iscrowd": 0})
+        for cls, box, score in predicted:
+            results.append(instance(image_id, cls, box) | {"score": score, "quality": 0.5})
+    categories = [{"id": i, "name": name} for i, name in enumerate(CLASSES, start=1)]
+    coco = {"images": coco_images, "annotations": annotations, "categories": categories}
+    for stem in ("instances", "instances_test"):
+        write_json(root / "data" / "annotations" / f"{stem}.json", coco)
+    write_predictions(root / "predictions", results, coco_images, CLASSES)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("overlay")
+    write_data(root, IMAGES)
+    return root
+
+
+def configured(root: Path, out: Path, **options: Any) -> OverlayConfig:
+    values = {"source": root / "data", "predictions": root / "predictions", "out": out}
+    return OverlayConfig(**(values | {"height": 200, "seconds_per_image": 0.1} | options))
+
+
+def film(root: Path, out: Path, **options: Any) -> list[np.ndarray]:
+    """The frames of a review video."""
+    overlay.run(configured(root, out, **options))
+    return [frame.image for frame in frames(out)]
+
+
+def level_of(image: np.ndarray) -> int:
+    """The grey level of the image shown: of a corner of the first panel where no defect is."""
+    rows, columns = np.mgrid[: image.shape[0], : image.shape[1]]
+    inside = (rows > 190) & (rows < 225) & (columns > 30) & (columns < 60)
+    return int(round(np.median(image[inside]) / 20) * 20)
+
+
+def verdict_of(image: np.ndarray) -> str:
+    """The verdict whose colour the frame's border has."""
+    border = image[2, image.shape[1] // 2].astype(int)
+    distance = {v: np.abs(border - c.as_bgr()).sum() for v, c in draw.VERDICT_COLOURS.items()}
+    return min(distance, key=lambda word: distance[word])
+
+
+@pytest.mark.parametrize(
+    ("options", "levels"),
+    [
+        ({}, BY_CLASS),
+        ({"order": "error"}, BY_ERROR),
+        ({"only": "errors"}, [80, 180, 200, 120, 140]),
+        ({"only": "errors", "order": "error"}, BY_ERROR[:5]),
+        ({"order": "error", "show": "truth"}, BY_ERROR),
+        ({"order": "error", "show": "prediction"}, BY_ERROR),
+    ],
+)
+def test_order_and_verdict_of_every_image(
+    root: Path, tmp_path: Path, options: dict[str, Any], levels: list[int]
+) -> None:
+    shown = film(root, tmp_path / "a.mp4", **options)
+    assert [level_of(image) for image in shown] == levels
+    verdicts = {level: verdict for _, level, _, _, verdict in IMAGES}
+    assert [verdict_of(image) for image in shown] == [verdicts[level] for level in levels]
+
+
+def test_panels_side_by_side_or_either_alone(root: Path, tmp_path: Path) -> None:
+    both, truth, predicted = (
+        film(root, tmp_path / f"{show}.mp4", show=show)[3]  # the miss: nothing is predicted
+        for show in ("both", "truth", "prediction")
+    )
+    assert both.shape[1] > truth.shape[1] + 190  # one panel more, of 200 pixels
+    stain = draw.CLASS_COLOURS.by_idx(1).as_bgr()
+
+    def painted(image: np.ndarray) -> list[bool]:
+        """In each half and in the whole, whether a filled mask of the class is there."""
+        mixed = 0.3 * np.array(stain) + 0.7 * 180
+        rows = image[70:190].astype(int)
+        near = np.abs(rows - mixed).max(axis=2) < 12
+        middle = image.shape[1] // 2
+        return [bool(part.sum() > 1000) for part in (near[:, :middle], near[:, middle:], near)]
+
+    assert painted(both) == [True, False, True]
+    assert painted(truth)[2] and not painted(predicted)[2]
+
+
+def test_how_long_an_image_stays(root: Path, tmp_path: Path) -> None:
+    for seconds, count in [(0.1, 1), (1.0, 10), (0.25, 2)]:
+        out = tmp_path / f"{seconds}.mp4"
+        overlay.run(configured(root, out, seconds_per_image=seconds))
+        info = probe(out)
+        assert info.frames == 9 * count
+        assert float(info.frames / info.fps) == pytest.approx(9 * seconds)
+
+
+def test_without_predictions_the_truth_alone(root: Path, tmp_path: Path) -> None:
+    shown = film(root, tmp_path / "a.mp4", predictions=None)
+    assert [level_of(image) for image in shown] == BY_CLASS
+    assert shown[0].shape == film(root, tmp_path / "b.mp4", show="truth")[0].shape
+    assert verdict_of(shown[0]) != verdict_of(film(root, tmp_path / "c.mp4")[0])  # no border
+
+
+def test_a_folder_of_images(root: Path, tmp_path: Path) -> None:
+    out = tmp_path / "a.mp4"
+    shown = film(root, out, source=root / "data" / "images")
+    assert [level_of(image) for image in shown] == [level for _, level, _, _, _ in IMAGES]
+    assert probe(out).fps == 10
+
+
+def test_a_video_keeps_its_frame_rate(tmp_path: Path) -> None:
+    source = tmp_path / "belt.mp4"
+    levels = [40, 100, 160, 200]
+    with VideoWriter.create(source, Fraction(24)) as video:
+        for level in levels:
+            video.write(np.full((SIZE, SIZE, 3), level, np.uint8))
+    names = [f"belt_{i:06d}" for i in range(4)]
+    images = [
+        {"id": i, "file_name": name, "width": SIZE, "height": SIZE}
+        for i, name in enumerate(names, start=1)
+    ]
+    result = instance(2, 0, BOX) | {"score": 0.9}
+    write_predictions(tmp_path / "predictions", [result], images, CLASSES)
+    out = tmp_path / "a.mp4"
+    shown = film(tmp_path, out, source=source)
+    assert probe(out).fps == 24
+    assert [level_of(image) for image in shown] == levels
+    crack = np.array(draw.CLASS_COLOURS.by_idx(0).as_bgr())
+    marked = [(np.abs(image[60:190].astype(int) - crack).max(axis=2) < 40).sum() for image in shown]
+    assert marked[1] > 100 and marked[0] == marked[2] == marked[3] == 0
+
+
+def test_nothing_to_show(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_data(tmp_path, [image for image in IMAGES if image[4] in ("hit", "correct")])
+    out = tmp_path / "a.mp4"
+    overlay.run(configured(tmp_path, out))
+    overlay.run(configured(tmp_path, out, only="errors", force=True))
+    assert capsys.readouterr().out.splitlines()[-1] == "no errors: no video written"
+    assert not out.exists()
+    assert read_json(tmp_path / "a.mp4.json")["command"] == "overlay"
+
+
+def test_an_existing_video_is_kept_or_replaced(root: Path, tmp_path: Path) -> None:
+    out = tmp_path / "a.mp4"
+    out.write_bytes(b"old")
+    with pytest.raises(UserError, match="--force"):
+        overlay.run(configured(root, out))
+    assert out.read_bytes() == b"old"
+    overlay.run(configured(root, out, force=True))
+    assert probe(out).frames == 9
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.mp4", "a.mp4.json"]
+
+
+def test_images_of_several_sizes_make_one_video(root: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    sizes = [(64, 64), (200, 50), (50, 200), (7, 5)]
+    for i, (width, height) in enumerate(sizes):
+        cv2.imwrite(str(folder / f"{i}.png"), np.full((height, width, 3), 100, np.uint8))
+    images = [
+        {"id": i, "file_name": f"{i}.png", "width": width, "height": height}
+        for i, (width, height) in enumerate(sizes)
+    ]
+    write_predictions(tmp_path / "predictions", [], images, CLASSES)
+    assert len({image.shape for image in film(tmp_path, tmp_path / "a.mp4", source=folder)}) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"out": Path("a.avi")}, "--out: expected a file ending in .mp4"),
+        ({"source": Path("missing")}, "--source: expected a folder or a video"),
+        ({"source": "images", "show": "truth"}, "--show: expected a dataset"),
+        ({"source": "images", "predictions": None}, "--predictions: expected an output folder"),
+        ({"predictions": None, "show": "prediction"}, "--predictions: expected an output folder"),
+        ({"predictions": None, "order": "error"}, "--order: expected a dataset and predictions"),
+        ({"source": "images", "only": "errors"}, "--only: expected a dataset and predictions"),
+        ({"predictions": Path("missing")}, "missing/images.json: expected a JSON file"),
+        ({"split": "val"}, "instances_val.json: expected this split, found test"),
+    ],
+)
+def test_bad_options(root: Path, tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    if options.get("source") == "images":
+        options = options | {"source": root / "data" / "images"}
+    with pytest.raises(UserError) as error:
+        overlay.run(configured(root, **({"out": tmp_path / "a.mp4"} | options)))
+    assert message in str(error.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_predictions_of_something_else(root: Path, tmp_path: Path) -> None:
+    def other(change: Callable[[dict[str, Any]], None], **options: Any) -> str:
+        coco = read_json(root / "predictions" / "images.json")
+        results = read_json(root / "predictions" / "predictions.json")
+        change(coco)
+        write_json(tmp_path / "p" / "images.json", coco)
+        write_json(tmp_path / "p" / "predictions.json", results)
+        with pytest.raises(UserError) as error:
+            overlay.run(configured(root, tmp_path / "a.mp4", predictions=tmp_path / "p", **options))
+        assert [p.name for p in tmp_path.iterdir()] == ["p"]
+        return str(error.value)
+
+    folder = root / "data" / "images"
+    assert "expected the image good__a.png" in other(lambda coco: coco["images"].pop(3))
+    assert "expected the image good__a.png" in other(lambda c: c["images"].pop(3), source=folder)
+    assert "crack__a.png: expected a size" in other(lambda c: c["images"][0].update(width=5))
+    assert "expected the classes crack, stain" in other(lambda c: c["categories"].reverse())
+    assert "category ids from 1 to 1, found 2" in other(lambda c: c["categories"].pop())
+
+
+def test_memory_does_not_grow_with_the_images(tmp_path: Path) -> None:
+    """An image is 30 kB here, its masks 10 kB each: kept, 100 more would be 1 MB at least."""
+
+    def peak(count: int) -> int:
+        root = tmp_path / str(count)
+        write_data(root, [(f"crack__{i:03d}.png", 90, *IMAGES[0][2:]) for i in range(count)])
+        config = configured(root, root / "a.mp4", height=128, order="error")
+        tracemalloc.start()
+        overlay.run(config)
+        try:
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    peak(3)  # fonts and imports
+    assert peak(120) - peak(20) < 800_000
+
+
+def detections(*boxes: tuple[int, int, int, int], masks: bool = True) -> sv.Detections:
+    return sv.Detections(
+        xyxy=np.array(boxes, np.float32),
+        class_id=np.arange(len(boxes)) % len(CLASSES),
+        mask=np.stack([rectangle(box) for box in boxes]) if masks else None,
+    )
+
+
+def panel_of(instances: sv.Detections, side: int = 200) -> np.ndarray:
+    """A drawn panel of `side` pixels on a grey image, cut out of its frame."""
+    drawer = draw.ReviewDrawer(CLASSES, ("truth",), (side, side))
+    image = np.full((SIZE, SIZE, 3), 128, np.uint8)
+    labels = ["x"] * len(instances)
+    empty = drawer.draw(image, [(sv.Detections.empty(), [])], "", None)
+    rows, columns = np.nonzero((empty == 128).all(axis=2))
+    frame = drawer.draw(image, [(instances, labels)], "", None)
+    return frame[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]
+
+
+def test_box_and_mask_are_where_they_belong() -> None:
+    """The box (10, 20, 40, 60), doubled, covers the columns 20..79 and the rows 40..119."""
+    panel = panel_of(detections(BOX))
+    assert panel.shape == (200, 200, 3)
+    colour = np.array(draw.CLASS_COLOURS.by_idx(0).as_bgr())
+    lines = np.abs(panel.astype(int) - colour).max(axis=2) < 3
+    rows, columns = np.nonzero(lines[40:])  # the label stands above
+    assert (rows.min() + 40, rows.max() + 40) == (40, 119)
+    assert (columns.min(), columns.max()) == (20, 79)
+    fill = 0.3 * colour + 0.7 * 128
+    assert np.abs(panel[60:100, 30:70] - fill).max() <= 1
+    assert (panel[125:] == 128).all() and (panel[:, 90:] == 128).all()
+
+
+def test_a_hole_in_a_mask_stays_open() -> None:
+    mask = rectangle(BOX)
+    mask[35:45, 20:30] = False
+    instances = sv.Detections(np.array([BOX], np.float32), mask[None], class_id=np.array([0]))
+    panel = panel_of(instances)
+    assert (panel[76:84, 46:54] == 128).all() and not (panel[60, 46:54] == 128).all()
+
+
+@pytest.mark.parametrize(
+    "box", [(0, 0, 1, 1), (99, 99, 100, 100), (0, 99, 1, 100), (50, 50, 51, 51), (30, 0, 31, 1)]
+)
+def test_a_one_pixel_defect_is_seen(box: tuple[int, int, int, int]) -> None:
+    """Its frame of 12 pixels is whole inside the panel, and its label does not hide it."""
+    panel = panel_of(detections(box))
+    x = min(max(2 * box[0] + 1 - 6, 0), 200 - 12)
+    y = min(max(2 * box[1] + 1 - 6, 0), 200 - 12)
+    frame = panel[y : y + 12, x : x + 12].astype(int)
+    colour = draw.CLASS_COLOURS.by_idx(0).as_bgr()
+    lines = np.abs(frame - colour).max(axis=2) < 3
+    assert lines[0].all() and lines[-1].all() and lines[:, 0].all() and lines[:, -1].all()
+    assert lines.sum() < 100  # a frame, not a filled label
+
+
+def test_a_mask_thinner_than_a_pixel_of_the_panel_survives() -> None:
+    """A line of 1 pixel at a fifth of the size."""
+    instances = sv.Detections(
+        xyxy=np.array([[0, 52, 100, 53]], np.float32),
+        class_id=np.array([0]),
+        mask=rectangle((0, 52, 100, 53))[None],
+    )
+    bare = detections((0, 52, 100, 53), masks=False)
+    assert (panel_of(instances, 64) != panel_of(bare, 64)).any()
+
+
+def test_labels_do_not_hide_boxes_or_each_other() -> None:
+    rng = np.random.default_rng(3)
+    corners = rng.integers(0, 560, (15, 2)).astype(float)
+    boxes = np.hstack([corners, corners + rng.integers(12, 60, (15, 2))])
+    boxes = np.vstack([boxes, [[300, 300, 400, 400]] * 4, [[0, 0, 12, 12]], [[628, 628, 639, 639]]])
+    sizes = np.tile([110.0, 20.0], (len(boxes), 1))
+    spots = draw.label_spots(boxes, sizes, (640, 640))
+    labels = np.hstack([np.subtract(spots, (0, 20)), np.add(spots, (110, 0))])
+    assert labels.min() >= 0 and labels.max() <= 640
+    between = np.triu(sv.box_iou_batch(labels, labels), 1)
+    assert between.max() < 0.2
+    near = np.abs((labels[:, 1] + labels[:, 3]) / 2 - (boxes[:, 1] + boxes[:, 3]) / 2)
+    assert (near < 150).all()
+    for i, (x1, y1, x2, y2) in enumerate(boxes):  # hidden part of each box, pixel by pixel
+        hidden = np.zeros((641, 641), bool)
+        for a1, b1, a2, b2 in labels.round().astype(int):
+            hidden[b1:b2, a1:a2] = True
+        assert hidden[int(y1) : int(y2), int(x1) : int(x2)].mean() < 0.5, i
+
+
+def test_an_image_may_be_of_any_shape() -> None:
+    drawer = draw.ReviewDrawer(CLASSES, ("truth", "prediction"), (64, 64), note="a note " * 20)
+    nothing: tuple[sv.Detections, list[str]] = (sv.Detections.empty(), [])
+    for shape in [(1, 1), (1, 500), (500, 1), (2000, 30)]:
+        image = np.full((*shape, 3), 128, np.uint8)
+        frame = drawer.draw(image, [nothing, nothing], "name" * 50, "miss", "1 / 1000")
+        assert frame.shape == (drawer.size[1], drawer.size[0], 3)
+        assert frame.shape[0] % 2 == frame.shape[1] % 2 == 0
+
+
+def test_long_names_are_cut_in_the_middle() -> None:
+    name = "a_very_long_name_of_a_file_from_some_camera_at_the_line_000123.png"
+    cut = draw.elide(name, 18, 300)
+    assert draw._font(18).getlength(cut) <= 300
+    head, tail = cut.split("…")
+    assert name.startswith(head) and name.endswith(tail) and len(tail) > 8
+    assert draw.elide("short.png", 18, 300) == "short.png"
+    assert draw.elide(name, 18, 0) == ""
+
+
+def test_every_verdict_has_a_colour_and_a_rank() -> None:
+    assert set(draw.VERDICT_COLOURS) == set(overlay.SEVERITY) == set(get_args(Verdict))
+    assert len({colour.as_hex() for colour in draw.CLASS_COLOURS.colors}) == 8
+
+
+@pytest.mark.parametrize(
+    ("background", "expected"),
+    [("#FFFFFF", sv.Color.BLACK), ("#0072B2", sv.Color.WHITE), ("#F0E442", sv.Color.BLACK)],
+)
+def test_ink_reads_well(background: str, expected: sv.Color) -> None:
+    assert draw.ink(sv.Color.from_hex(background)) == expected
