@@ -8,12 +8,21 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Container, Mapping
+import reprlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from pipeline.errors import UserError
 
@@ -21,13 +30,25 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 PositiveInt = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
+
+
+def _check_zoom(zoom: float) -> float:
+    if 0 < zoom < 1:
+        raise ValueError(f"expected 0 or at least 1, found {zoom:g}")
+    return zoom
+
+
+Zoom = Annotated[float, Field(ge=0), AfterValidator(_check_zoom)]
 SplitName = Literal["train", "val", "test"]
 
 
 class Config(BaseModel):
     """Base of all configurations: immutable, and unknown keys are errors."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    # YAML makes a number of `device: 0`; inf and nan are never meant.
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, coerce_numbers_to_str=True, allow_inf_nan=False
+    )
     positional: ClassVar[tuple[str, ...]] = ()  # fields given without a flag, in this order
     inputs: ClassVar[tuple[str, ...]] = ()  # fields that name files or folders to read
 
@@ -74,15 +95,21 @@ class ConvertConfig(StageConfig):
     )
     skip_bad: bool = Field(False, description="leave bad files out and record them")
 
-    @model_validator(mode="after")
-    def _check_split(self) -> ConvertConfig:
-        if abs(sum(self.fractions) - 1) > 1e-6:
-            raise ValueError(f"fractions: expected a sum of 1, found {sum(self.fractions):g}")
-        if self.fractions[0] == 0:
-            raise ValueError("fractions: expected a training part above 0, found 0")
-        if self.folds == 1:
-            raise ValueError("folds: expected 0 or at least 2, found 1")
-        return self
+    @field_validator("fractions")
+    @classmethod
+    def _check_fractions(cls, fractions: tuple[float, float, float]) -> tuple[float, float, float]:
+        if abs(sum(fractions) - 1) > 1e-6:
+            raise ValueError(f"expected a sum of 1, found {sum(fractions):g}")
+        if fractions[0] == 0:
+            raise ValueError("expected a training part above 0, found 0")
+        return fractions
+
+    @field_validator("folds")
+    @classmethod
+    def _check_folds(cls, folds: int) -> int:
+        if folds == 1:
+            raise ValueError("expected 0 or at least 2, found 1")
+        return folds
 
 
 class TrainConfig(StageConfig):
@@ -139,8 +166,8 @@ class FinetuneSamConfig(TrainConfig):
     box_jitter: float = Field(
         0.1, ge=0, lt=0.5, description="shift of box sides, part of the box size"
     )
-    zoom: float = Field(
-        1.5, ge=0, description="side of the window around a box, in box sizes (0: whole image)"
+    zoom: Zoom = Field(
+        1.5, description="side of the window around a box, in box sizes (0: whole image)"
     )
     repeats: PositiveInt = Field(4, description="jittered copies of every box per epoch")
     offline: bool = Field(False, description="never download")
@@ -185,9 +212,8 @@ class SegmentConfig(StageConfig):
         "boxes", description="what SAM is shown: each box, its centre, or both"
     )
     sam: str = Field("sam-lite", description="a name of `pipeline weights list` or a checkpoint")
-    zoom: float | None = Field(
+    zoom: Zoom | None = Field(
         None,
-        ge=0,
         description="side of the window around a box, in box sizes (0: whole image; "
         "default: what the SAM was trained with)",
     )
@@ -247,6 +273,32 @@ class OverlayConfig(StageConfig):
     height: int = Field(640, ge=64, le=2160, description="height of each panel in pixels")
 
 
+SECTIONS: dict[str, type[StageConfig]] = {  # of a run: the options of one stage each
+    "synth": SynthConfig,
+    "convert": ConvertConfig,
+    "finetune_yolo": FinetuneYoloConfig,
+    "finetune_sam": FinetuneSamConfig,
+    "finetune_classifier": FinetuneClassifierConfig,
+    "segment": SegmentConfig,
+    "evaluate": EvaluateConfig,
+    "overlay": OverlayConfig,
+}
+
+
+def _options_of(section: str) -> AfterValidator:
+    """Check a section as its command would; what links it to other stages may be left out."""
+    cls = SECTIONS[section]
+    links = {
+        name: "filled in later" for name, info in cls.model_fields.items() if info.is_required()
+    }
+
+    def check(options: dict[str, Any]) -> dict[str, Any]:
+        cls.model_validate({**links, **options})
+        return options
+
+    return AfterValidator(check)
+
+
 class RunConfig(Config):
     """Run the stages of a configuration in order, skipping what is up to date."""
 
@@ -256,20 +308,38 @@ class RunConfig(Config):
         None, description="starting point of the detector (finetune_yolo.model)"
     )
     mvtec_root: Path = Field(
-        default_factory=lambda: Path(os.environ.get("PIPELINE_MVTEC_ROOT", "datasets/mvtec_ad")),
+        default_factory=lambda: Path(os.environ.get("PIPELINE_MVTEC_ROOT") or "datasets/mvtec_ad"),
         description="folder of the MVTec categories: convert.source is one of them",
     )
     fold: int | None = Field(None, ge=0, description="fold of the dataset for all stages")
     # The sections hold the options of the command of the same name; what links one stage to the
     # next (data, out, ...) is filled in by `plan` in pipeline/stages/run.py.
-    synth: dict[str, Any] | None = None
-    convert: dict[str, Any] = Field(default_factory=dict)
-    finetune_yolo: dict[str, Any] = Field(default_factory=dict)
-    finetune_sam: dict[str, Any] | None = None  # None: use segment.sam as it is
-    finetune_classifier: dict[str, dict[str, Any]] = Field(default_factory=dict)  # by name
-    segment: dict[str, Any] = Field(default_factory=dict)
-    evaluate: dict[str, Any] = Field(default_factory=dict)
-    overlay: dict[str, Any] = Field(default_factory=dict)
+    synth: Annotated[dict[str, Any], _options_of("synth")] | None = None
+    convert: Annotated[dict[str, Any], _options_of("convert")] = Field(default_factory=dict)
+    finetune_yolo: Annotated[dict[str, Any], _options_of("finetune_yolo")] = Field(
+        default_factory=dict
+    )
+    finetune_sam: Annotated[dict[str, Any], _options_of("finetune_sam")] | None = (
+        None  # None: use segment.sam as it is
+    )
+    finetune_classifier: dict[
+        str, Annotated[dict[str, Any], _options_of("finetune_classifier")]
+    ] = Field(default_factory=dict)  # by name
+    segment: Annotated[dict[str, Any], _options_of("segment")] = Field(default_factory=dict)
+    evaluate: Annotated[dict[str, Any], _options_of("evaluate")] = Field(default_factory=dict)
+    overlay: Annotated[dict[str, Any], _options_of("overlay")] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _check_links(self) -> RunConfig:
+        if self.synth is None and "source" not in self.convert:
+            raise ValueError(
+                "convert.source: expected a category, or a section synth, found neither"
+            )
+        if self.synth is not None and "source" in self.convert:
+            raise ValueError("convert.source: expected none beside a section synth, found one")
+        if self.finetune_sam is not None and "sam" in self.segment:
+            raise ValueError("segment.sam: expected none beside a section finetune_sam, found one")
+        return self
 
 
 class WeightsConfig(Config):
@@ -290,9 +360,11 @@ def read_yaml(path: Path) -> dict[str, Any]:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: expected a YAML file, found nothing there") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except OSError as error:
+        raise UserError(f"{path}: expected a YAML file, found: {error.strerror}") from None
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
         detail = " ".join(str(error).split())
-        raise UserError(f"{path}: expected a YAML file, found {detail}") from None
+        raise UserError(f"{path}: expected a YAML file, found: {detail}") from None
     if values is None:
         return {}
     if not isinstance(values, dict):
@@ -302,16 +374,17 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 def build(
     cls: type[C],
-    values: Mapping[str, Any],
+    values: Mapping[Any, Any],
     *,
-    flags: Container[str] = (),
+    flags: Mapping[str, str] | None = None,
     file: Path | None = None,
     section: str = "",
 ) -> C:
     """Check `values` as a whole. Raises `UserError` with one line per problem.
 
-    `flags` are the keys that came from the command line, `file` is where the others came from and
-    `section` the part of the file they stand in, with a dot at its end: they name the key in a problem.
+    What names a key in a problem: `flags` has the flag of each key that came from the command line,
+    `file` is where the others came from, and `section` the part of the file they stand in, with a
+    dot at its end.
     """
     try:
         return cls.model_validate(dict(values))
@@ -319,24 +392,52 @@ def build(
         problems = error.errors()
     lines = []
     for problem in problems:
-        key = ".".join(str(part) for part in problem["loc"])
-        top = key.split(".")[0]
-        if file is not None and top not in flags and problem["type"] != "missing":
-            name = f"{file}: {section}{key}"
-        else:
-            name = f"--{top.replace('_', '-')}" if not section else f"{section}{key}"
+        parts = [str(part) for part in problem["loc"]]
+        key = ".".join(parts)
+        outer = (".".join(parts[: n + 1]) for n in range(len(parts)))
+        given = next((flags[k] for k in outer if k in flags), None) if flags else None
+        absent = file is None or problem["type"] == "missing"
+        if given is None and absent and not section and key in cls.model_fields:
+            given = flag_of(cls, key)
+        name = given or (f"{file}: {section}{key}" if file is not None else f"{section}{key}")
         lines.append(_line(cls, name, problem))
     raise UserError(*lines)
 
 
+def flag_of(cls: type[Config], field: str) -> str:
+    """How the command line spells a field."""
+    return field if field in cls.positional else f"--{field.replace('_', '-')}"
+
+
+EXPECTED = {  # of pydantic's types of problems, where its own words would not fit
+    "path_type": "a path",
+    "string_type": "text",
+    "dict_type": "keys and values",
+    "tuple_type": "a list",
+    "too_long": "fewer values",
+    "missing": "more values",
+    "int_parsing": "a whole number",
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_parsing": "a number",
+    "float_type": "a number",
+    "bool_parsing": "true or false",
+    "bool_type": "true or false",
+}
+
+
 def _line(cls: type[Config], name: str, problem: Any) -> str:
     """One problem as a line: where, what was expected, what was found."""
-    if problem["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(str(problem["loc"][-1]), list(cls.model_fields), n=1)
+    kind, loc = problem["type"], problem["loc"]
+    if kind in ("extra_forbidden", "invalid_key"):
+        owner = SECTIONS.get(str(loc[0]), cls) if len(loc) > 1 else cls
+        near = difflib.get_close_matches(str(loc[-1]), list(owner.model_fields), n=1)
         return f"{name}: unknown key" + (f", did you mean '{near[0]}'?" if near else "")
-    if problem["type"] == "missing":
+    if kind == "missing" and str(loc[-1]) in cls.model_fields:
         return f"{name}: required, not given"
-    if problem["type"] == "value_error":  # from a validator of ours: its text names the key
-        return f"{name.removesuffix('--')}{problem['ctx']['error']}"
-    expected = problem["msg"].removeprefix("Input should be ")
-    return f"{name}: expected {expected}, found {problem['input']!r}"
+    if (
+        kind == "value_error"
+    ):  # from a validator of ours; that of a whole model names the key itself
+        return f"{name}: {problem['ctx']['error']}" if loc else f"{name}{problem['ctx']['error']}"
+    expected = EXPECTED.get(kind) or problem["msg"].removeprefix("Input should be ")
+    return f"{name}: expected {expected}, found {reprlib.repr(problem['input'])}"

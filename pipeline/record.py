@@ -1,7 +1,8 @@
 """What made a result: the resolved configuration, versions, revision and input checksums.
 
-Every stage writes `config.yaml` and `run.json` into its output folder; `run.json` comes last, so a
-folder that has it is complete. A video `review.mp4` has one file beside it, `review.mp4.json`.
+Every stage writes `config.yaml` and `begun.json` into its output folder when it begins. At its
+end `run.json` takes the place of `begun.json`, so a folder that has it is complete. A video
+`review.mp4` has one file beside it, `review.mp4.json`.
 """
 
 from __future__ import annotations
@@ -10,36 +11,55 @@ import hashlib
 import importlib.metadata
 import json
 import platform
+import shlex
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import yaml
 
-from pipeline import __version__
-from pipeline.config import Config
+from pipeline import __version__, resources
+from pipeline.config import Config, RunConfig, StageConfig
 from pipeline.data.files import read_json, sha256, write_json, write_text
 from pipeline.errors import UserError
+from pipeline.models.weights import load_registry
 
+CHECKPOINTS = ("last.pt", "weights/last.pt")  # what an interrupted training goes on from
 PACKAGES = (
-    "torch torchvision ultralytics segment-anything supervision albumentations opencv-python "
-    "pycocotools timm av numpy"
-).split()
+    "torch",
+    "torchvision",
+    "ultralytics",
+    "segment-anything",
+    "supervision",
+    "albumentations",
+    "opencv-python",
+    "pycocotools",
+    "timm",
+    "av",
+    "numpy",
+)
 
 
-def write_config(out: Path, command: str, config: Config) -> None:
+def write_config(out: Path, command: str, config: StageConfig | RunConfig) -> None:
+    """Write the resolved configuration and, for `can_resume`, what the result will depend on."""
+    _write_options(out, command, config)
+    if isinstance(config, StageConfig):
+        write_json(out / "begun.json", {"signature": signature(command, config)})
+
+
+def _write_options(out: Path, command: str, config: StageConfig | RunConfig) -> None:
     """Write the resolved configuration, whose first line is the command that runs it."""
+    flag = "" if "config" in config.positional else "--config "
+    first = f"# pipeline {command} {flag}{shlex.quote(str(config.out / 'config.yaml'))}\n"
     text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-    write_text(out / "config.yaml", f"# pipeline {command} --config config.yaml\n{text}")
+    write_text(out / "config.yaml", first + text)
 
 
-def was_begun(out: Path, config: Config) -> bool:
-    """Whether a run with this very configuration was begun in `out` and not finished."""
-    path = out / "config.yaml"
-    if not path.is_file() or record_path(out).exists():
-        return False
-    volatile = {"force", "resume"}
-    begun = {k: v for k, v in (yaml.safe_load(path.read_text()) or {}).items() if k not in volatile}
-    return begun == config.model_dump(mode="json", exclude=volatile)
+def can_resume(command: str, config: StageConfig) -> bool:
+    """Whether a training with these very options and inputs was interrupted after a checkpoint."""
+    has_checkpoint = any((config.out / name).is_file() for name in CHECKPOINTS)
+    begun = _signature_in(config.out / "begun.json")
+    return has_checkpoint and begun == signature(command, config)
 
 
 def record_path(out: Path) -> Path:
@@ -47,36 +67,53 @@ def record_path(out: Path) -> Path:
     return out.with_name(f"{out.name}.json") if out.suffix.lower() == ".mp4" else out / "run.json"
 
 
-def write_record(out: Path, command: str, config: Config) -> None:
+def write_record(out: Path, command: str, config: StageConfig) -> None:
     """Mark `out` as complete, with what it was made from."""
-    inputs = inputs_of(config)
     record = record_path(out)
     if record.parent == out:
-        write_config(out, command, config)
+        _write_options(out, command, config)
     write_json(
         record,
         {
             "command": command,
             "signature": signature(command, config),
-            "inputs": inputs,
-            "pipeline": __version__,
-            "revision": _git_revision(),
-            "python": platform.python_version(),
-            "packages": {name: _version(name) for name in PACKAGES},
+            "inputs": inputs_of(config),
+            **versions(),
         },
     )
+    if record.parent == out:
+        (out / "begun.json").unlink(missing_ok=True)
+
+
+def versions() -> dict[str, Any]:
+    """What is running: this package and its revision, Python, and the packages that count."""
+    return {
+        "pipeline": __version__,
+        "revision": _git_revision(),
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in PACKAGES},
+    }
 
 
 def inputs_of(config: Config) -> dict[str, str]:
-    """Fingerprints of the files and folders that a configuration names, by option."""
+    """Fingerprints of the files, folders and known weights that options name, by option."""
     inputs: dict[str, str] = {}
     for name in config.inputs:
         value = getattr(config, name)
-        paths = value if isinstance(value, tuple) else (value,)
-        for i, path in enumerate(paths):
-            if path is not None and Path(path).exists():
-                inputs[name if len(paths) == 1 else f"{name}[{i}]"] = fingerprint(Path(path))
+        values = value if isinstance(value, tuple) else (value,)
+        for i, item in enumerate(values):
+            found = None if item is None else _fingerprint_of(item)
+            if found is not None:
+                inputs[name if len(values) == 1 else f"{name}[{i}]"] = found
     return inputs
+
+
+def _fingerprint_of(item: Path | str) -> str | None:
+    """What identifies the file, the folder or the weights of this name, if there are any."""
+    if Path(item).exists():
+        return fingerprint(Path(item))
+    entry = load_registry().get(str(item))
+    return entry.sha256 if entry else None
 
 
 def signature(command: str, config: Config) -> str:
@@ -92,36 +129,39 @@ def signature(command: str, config: Config) -> str:
 
 
 def fingerprint(path: Path) -> str:
-    """What identifies an input: a file's sha256, a finished run's signature, a listing of a folder."""
+    """What identifies an input: a file's sha256, a finished run's signature, a folder's content."""
     if path.is_file():
         return sha256(path)
-    if (path / "run.json").is_file():
-        return str(read_json(path / "run.json")["signature"])
-    listing = sorted(
-        (str(file.relative_to(path)), file.stat().st_size, file.stat().st_mtime_ns)
-        for file in path.rglob("*")
-        if file.is_file()
-    )
-    return hashlib.sha256(json.dumps(listing).encode()).hexdigest()
+    if made := _signature_in(path / "run.json"):
+        return made
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    content = [(file.relative_to(path).as_posix(), sha256(file)) for file in files]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def is_complete(out: Path, wanted: str) -> bool:
     """Whether `out` holds the finished result with this signature."""
-    record = record_path(out)
-    return record.is_file() and read_json(record).get("signature") == wanted
+    return out.exists() and _signature_in(record_path(out)) == wanted
+
+
+def _signature_in(record: Path) -> str | None:
+    """The signature in a record of ours, if it is one."""
+    content = read_json(record) if record.is_file() else None
+    return content.get("signature") if isinstance(content, dict) else None
 
 
 def claim(out: Path, force: bool) -> None:
     """Make `out` ready to be written. Raises `UserError` if it holds something and not `force`."""
-    if out.is_file():
+    if out.exists() and not out.is_dir():
         raise UserError(f"--out: expected a folder, found the file {out}")
-    if (out / "run.json").exists():
-        if not force:
-            raise UserError(f"--out: {out} holds a finished result; give --force to replace it")
-        (out / "run.json").unlink()
-    elif out.is_dir() and any(out.iterdir()) and not (out / "config.yaml").exists():
+    if (out / "run.json").exists() and not force:
+        raise UserError(f"--out: {out} holds a finished result; give --force to replace it")
+    # A hidden file may be what a killed process has left of ours.
+    if not (out / "config.yaml").exists() and any(out.glob("[!.]*")):
         raise UserError(f"--out: expected a new folder or one of ours, found other files in {out}")
     out.mkdir(parents=True, exist_ok=True)
+    for name in ("run.json", "begun.json", *CHECKPOINTS):
+        (out / name).unlink(missing_ok=True)
 
 
 def _version(package: str) -> str | None:
@@ -133,7 +173,9 @@ def _version(package: str) -> str | None:
 
 def _git_revision() -> str | None:
     """The checkout's revision, with `+` if it has changes; None outside a checkout."""
-    command = "git describe --always --dirty=+ --abbrev=12".split()
+    if not resources.in_checkout():  # an installed package may lie in some other checkout
+        return None
+    command = ["git", "describe", "--always", "--dirty=+", "--abbrev=12"]
     folder = Path(__file__).parent
     try:
         done = subprocess.run(

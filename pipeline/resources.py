@@ -26,12 +26,15 @@ def in_checkout() -> bool:
 def config_file(path: Path) -> Path:
     """The file itself or, where there is none, the shipped configuration of that name.
 
-    Raises `UserError` when there is neither.
+    A shipped one is called `demo.yaml` or `configs/demo.yaml`. Raises `UserError` when there is
+    neither.
     """
     if path.exists():
         return path
     candidate = shipped("configs") / path.name
-    if candidate.is_file():
+    if path.parent in (Path(), Path("configs")) and candidate.is_file():
         return candidate
     names = ", ".join(sorted(file.name for file in shipped("configs").glob("*.yaml")))
-    raise UserError(f"{path}: expected a configuration file, found nothing there (shipped: {names})")
+    raise UserError(
+        f"{path}: expected a configuration file, found nothing there (shipped: {names})"
+    )

@@ -74,8 +74,8 @@ DEFECTS = (
     Defect("misplaced", "001.png", "001.png", 20, 20, ((0, 0, 20, 20),), image_channels=4,
            mask_alpha=True, boxes=((0, 0, 20, 20),), areas=(400,)),
     # a JPEG mask: its edges ring, and only what is nearer to white counts
-    Defect("misplaced", "002.JPEG", "002_mask.jpg", 64, 64, ((16, 16, 40, 32),),
-           boxes=((16, 16, 40, 32),), areas=(384,)),
+    Defect("misplaced", "002.JPEG", "002_mask.jpg", 64, 64, ((17, 18, 41, 33),),
+           boxes=((17, 18, 41, 33),), areas=(360,)),
 )  # fmt: skip
 GOOD = (
     *(f"train/good/{name}" for name in ("000.png", "001.jpg", "002.bmp", "003.tif", "004.png")),

@@ -454,6 +454,7 @@ def test_impossible_requests(
 def test_running_twice_changes_nothing_and_force_replaces(
     tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    (tmp_path / "out").mkdir()  # an empty folder is no obstacle
     out = convert(tree, tmp_path / "out")
     (out / "labels.cache").write_bytes(b"left by a training")
     first = contents(out)
@@ -485,11 +486,19 @@ def test_another_place_gets_identical_bytes(tree: Path, dataset: Path, tmp_path:
     assert a == b
 
 
+def _dangle(out: Path) -> None:
+    image = out / "images" / "crack__000.png"
+    image.unlink()
+    image.symlink_to("nowhere.png")
+
+
 @pytest.mark.parametrize(
     "damage",
     [
         lambda out: (out / "images" / "good__train_000.png").unlink(),
         lambda out: (out / "labels" / "crack__000.txt").write_text(""),
+        lambda out: (out / "images" / "crack__000.png").rename(out / "images" / "other.png"),
+        _dangle,
         lambda out: (out / "images" / "extra.png").write_bytes(b"x"),
         lambda out: (out / "fold0_test.txt").write_text(""),
     ],
@@ -518,12 +527,19 @@ def test_force_does_not_delete_what_is_not_ours(
     assert (out / "runs" / "best.pt").exists()
 
 
-def test_record_names_command_and_source(tree: Path, dataset: Path) -> None:
-    config = (dataset / "config.yaml").read_text()
-    assert config.startswith("# pipeline convert --config config.yaml\n")
-    assert yaml.safe_load(config)["source"] == str(tree)
-    assert yaml.safe_load(config)["folds"] == 3
-    assert read(dataset / "run.json")["command"] == "convert"
+def test_record_holds_what_reproduces_the_dataset(
+    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tree.parent)
+    out = convert(Path("widget"), tmp_path / "out", "--folds", "3", "--seed", "5")
+    config = out / "config.yaml"
+    assert config.read_text().startswith("# pipeline convert --config config.yaml\n")
+    assert read(out / "run.json")["command"] == "convert"
+    monkeypatch.chdir(tmp_path)
+    again = tmp_path / "again"
+    cli.main(["convert", "--config", str(config), "--out", str(again)])
+    assert contents(again / "labels") == contents(out / "labels")
+    assert contents(again / "annotations") == contents(out / "annotations")
 
 
 @pytest.mark.parametrize("link", ["hardlink", "symlink", "copy"])
@@ -623,13 +639,14 @@ def test_supervision_reads_it(dataset: Path) -> None:
 def test_ultralytics_reads_it(copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("YOLO_OFFLINE", "1")
     monkeypatch.setenv("YOLO_CONFIG_DIR", str(tmp_path))
+    from ultralytics.data import utils
     from ultralytics.data.dataset import YOLODataset
-    from ultralytics.data.utils import check_det_dataset
 
+    monkeypatch.setattr(utils, "check_font", lambda font: None)  # it would download one
     before = contents(copy)
     out = convert(copy, tmp_path / "out", "--folds", "2")
     for name in ("data.yaml", "fold1.yaml"):
-        data = check_det_dataset(str(out / name), autodownload=False)
+        data = utils.check_det_dataset(str(out / name), autodownload=False)
         boxes: dict[str, np.ndarray] = {}
         for part in PARTS:
             loaded = YOLODataset(img_path=data[part], data=data, task="detect", augment=False)

@@ -6,8 +6,8 @@ import os
 
 os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # or its import looks for a newer version online
 
-import albumentations as A  # noqa: E402
-import numpy as np  # noqa: E402
+import albumentations as A
+import numpy as np
 
 
 def photometric() -> list[A.BasicTransform]:
@@ -25,6 +25,6 @@ _PHOTOMETRIC = A.Compose(photometric())
 
 
 def vary_light(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """A photometric variation of a (height, width, 3) uint8 image, the same for the same generator."""
+    """A photometric variation of a (height, width, 3) uint8 image; `rng` alone decides which."""
     _PHOTOMETRIC.set_random_seed(int(rng.integers(2**31)))
     return np.asarray(_PHOTOMETRIC(image=image)["image"])

@@ -45,7 +45,7 @@ class Sample:
 
     @cached_property
     def truth(self) -> sv.Detections:
-        """True instances: half-open pixel boxes, class index from 0, masks (n, height, width) bool."""
+        """True instances: half-open pixel boxes, class index from 0, (n, height, width) masks."""
         if not self.annotations:
             return sv.Detections.empty()
         xywh = np.array([a["bbox"] for a in self.annotations], np.float32)

@@ -22,7 +22,10 @@ IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff"})
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Yield a temporary sibling of `path`, with its suffix; rename it to `path` if the block succeeds."""
+    """Yield a temporary sibling of `path`, with its suffix, that becomes `path` at the end.
+
+    If the block raises, the temporary file goes and `path` stays as it was.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
     os.close(handle)
@@ -37,19 +40,24 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Yield a temporary sibling folder; if the block succeeds it takes the place of `path`."""
+    """Yield a temporary sibling folder; if the block succeeds it takes the place of `path`.
+
+    A folder cannot be replaced in one step. Should the process die between the two renames, the old
+    one is `.<name>.old`, and the next call puts it back.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
+    old = path.with_name(f".{path.name}.old")
+    if old.exists() and not path.exists():
+        old.rename(path)
+    shutil.rmtree(old, ignore_errors=True)
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-"))
     temporary.chmod(0o755)
     try:
         yield temporary
         if path.exists():
-            old = temporary.with_name(temporary.name + "-old")
             path.rename(old)
-            temporary.rename(path)
-            shutil.rmtree(old)
-        else:
-            temporary.rename(path)
+        temporary.rename(path)
+        shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

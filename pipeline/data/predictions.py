@@ -1,12 +1,13 @@
 """Predictions on disk: the output folder of `pipeline segment`.
 
-    predictions.json   COCO results: one entry per instance, with its score and mask
-    images.json        COCO images and categories that the entries' ids refer to
+predictions.json   COCO results: one entry per instance, with its score and mask
+images.json        COCO images and categories that the entries' ids refer to
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ IMAGES = "images.json"
 
 
 def coco_results(image_id: int, detections: sv.Detections) -> list[dict[str, Any]]:
-    """Detections of one image as COCO results: bbox (x, y, width, height), RLE if there are masks."""
+    """Detections of one image as COCO results: bbox (x, y, width, height), RLE of any masks."""
     assert detections.class_id is not None and detections.confidence is not None
     results = []
     for i in range(len(detections)):
@@ -42,7 +43,7 @@ def coco_results(image_id: int, detections: sv.Detections) -> list[dict[str, Any
 
 
 def from_coco_results(entries: Sequence[Mapping[str, Any]]) -> sv.Detections:
-    """The inverse of `coco_results`, for the entries of one image; masks only if every entry has one."""
+    """The inverse of `coco_results`, for one image's entries; masks only if every entry has one."""
     if not entries:
         return sv.Detections.empty()
     xywh = np.array([entry["bbox"] for entry in entries], np.float32)
@@ -87,5 +88,27 @@ def read_results(path: Path) -> dict[int, list[dict[str, Any]]]:
         missing = required - entry.keys() if isinstance(entry, dict) else required
         if missing:
             raise UserError(f"{path}: entry {i}: expected {', '.join(sorted(missing))}, found none")
+        for key, (holds, expected) in _VALUES.items():
+            if not holds(entry[key]):
+                found = f"found {entry[key]!r}"
+                raise UserError(f"{path}: entry {i}: {key}: expected {expected}, {found}")
         grouped.setdefault(entry["image_id"], []).append(entry)
     return grouped
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _is_box(value: object) -> bool:
+    if not (isinstance(value, list) and len(value) == 4 and all(map(_is_number, value))):
+        return False
+    return min(value[2:]) >= 0
+
+
+_VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "image_id": (lambda value: isinstance(value, int), "a whole number"),
+    "category_id": (lambda value: isinstance(value, int) and value > 0, "a whole number above 0"),
+    "bbox": (_is_box, "x, y, width and height in pixels"),
+    "score": (_is_number, "a number"),
+}

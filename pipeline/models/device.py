@@ -14,12 +14,12 @@ def device_name(wanted: str) -> str:
     `UserError` for one that this machine lacks.
     """
     if wanted == "auto":
-        return "0" if torch.cuda.is_available() else "mps" if torch.mps.is_available() else "cpu"
-    if wanted == "cpu" or (wanted == "mps" and torch.mps.is_available()):
+        return "0" if torch.cuda.is_available() else "mps" if _has_mps() else "cpu"
+    if wanted == "cpu" or (wanted == "mps" and _has_mps()):
         return wanted
     count = torch.cuda.device_count()
     gpus = wanted.split(",")
-    if all(gpu.isdigit() and int(gpu) < count for gpu in gpus):
+    if len(set(gpus)) == len(gpus) and set(gpus) <= {str(gpu) for gpu in range(count)}:
         return wanted
     raise UserError(f"--device: expected auto, cpu, mps or one of {count} GPUs, found '{wanted}'")
 
@@ -32,8 +32,12 @@ def torch_device(wanted: str) -> torch.device:
     return torch.device(f"cuda:{name}" if name.isdigit() else name)
 
 
-def has_fast_bfloat16() -> bool:
-    """Whether this machine computes faster in bfloat16: a GPU that has it, or a CPU with AMX."""
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported()
-    return torch.cpu._is_amx_tile_supported()
+def has_fast_bfloat16(kind: str) -> bool:
+    """Whether a device (`cuda`, `mps`, `cpu`) is faster in bfloat16: new GPUs and CPUs with AMX."""
+    if kind == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return kind == "cpu" and torch.cpu._is_amx_tile_supported()
+
+
+def _has_mps() -> bool:
+    return torch.backends.mps.is_available()

@@ -25,8 +25,7 @@ def clip_embeddings(texts: Sequence[str], *, offline: bool) -> torch.Tensor:
         import clip
     except ImportError:
         raise UserError(
-            "--text clip: expected the package clip-anytorch (pip install 'pipeline[clip]'), "
-            "found none; --text learned needs no text encoder"
+            "expected the package clip-anytorch (pip install 'pipeline[clip]'), found none"
         ) from None
     import torch
 

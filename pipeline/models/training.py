@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import pickle
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -51,9 +52,11 @@ def restore_state(
     """
     try:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError) as error:
-        raise UserError(f"--resume: expected a checkpoint at {path}, found {error}") from None
-    if state["signature"] != signature:
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError):
+        raise UserError(
+            f"--resume: expected a checkpoint at {path}, found a file that cannot be read"
+        ) from None
+    if state.get("signature") != signature:
         raise UserError(
             f"--resume: expected the options and data that {path} was made with, found others"
         )

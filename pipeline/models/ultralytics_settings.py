@@ -1,16 +1,22 @@
 """Ultralytics, kept to itself: import it only after `isolate()`.
 
 Left alone it reads and writes a settings folder in the user's home, sends usage statistics, looks
-for newer versions and installs packages. All of that is switched off before its first import.
+for newer versions, installs packages and logs to every experiment tracker that is installed. All of
+that is switched off before its first import.
 """
 
 from __future__ import annotations
 
 import atexit
+import logging
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+TRACKERS = ("clearml", "comet", "dvc", "mlflow", "raytune", "tensorboard", "wandb")
 
 
 def isolate() -> None:
@@ -18,8 +24,7 @@ def isolate() -> None:
     if os.environ.get("PIPELINE_ULTRALYTICS_ISOLATED"):
         return
     folder = Path(tempfile.mkdtemp(prefix="pipeline-ultralytics-"))
-    owner = os.getpid()
-    atexit.register(lambda: shutil.rmtree(folder, ignore_errors=True) if os.getpid() == owner else None)
+    atexit.register(_remove, folder, owner=os.getpid())
     os.environ.update(
         PIPELINE_ULTRALYTICS_ISOLATED="1",
         YOLO_CONFIG_DIR=str(folder),
@@ -27,10 +32,34 @@ def isolate() -> None:
         YOLO_AUTOINSTALL="0",
         NO_ALBUMENTATIONS_UPDATE="1",
     )
+    os.environ.setdefault("MPLCONFIGDIR", str(folder))  # matplotlib's font cache, for the plots
     _provide_fonts(folder)
-    from ultralytics import settings
+    with quiet():
+        from ultralytics import settings
 
-    settings.update({"sync": False, "datasets_dir": str(folder), "runs_dir": str(folder)})
+        places = {f"{name}_dir": str(folder / name) for name in ("datasets", "weights", "runs")}
+        settings.update({"sync": False, **places, **dict.fromkeys(TRACKERS, False)})
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Within it Ultralytics logs warnings and progress bars, but no information."""
+    logger = logging.getLogger("ultralytics")
+    logger.addFilter(_is_warning)  # a filter, as setting up its logger resets the level
+    try:
+        yield
+    finally:
+        logger.removeFilter(_is_warning)
+
+
+def _is_warning(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.WARNING
+
+
+def _remove(folder: Path, owner: int) -> None:
+    """Remove the settings folder, unless this is a fork of the process that made it."""
+    if os.getpid() == owner:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _provide_fonts(folder: Path) -> None:

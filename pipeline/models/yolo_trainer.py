@@ -11,16 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from pipeline.data.dataset import Dataset, Sample
-from pipeline.models.ultralytics_settings import isolate
+from pipeline.data.files import write_text
+from pipeline.models.ultralytics_settings import isolate, quiet
 
 isolate()
 
 from ultralytics.data.augment import Albumentations  # noqa: E402
 from ultralytics.data.dataset import YOLODataset  # noqa: E402
 from ultralytics.models.yolo.detect import DetectionTrainer  # noqa: E402
-from ultralytics.nn.tasks import WorldModel  # noqa: E402
+from ultralytics.utils import RANK  # noqa: E402
+from ultralytics.utils.plotting import plot_results  # noqa: E402
 
 
 class PromptTrainer(DetectionTrainer):
@@ -30,35 +33,60 @@ class PromptTrainer(DetectionTrainer):
     part of the model.
     """
 
-    def get_model(
-        self, cfg: Any = None, weights: WorldModel | None = None, verbose: bool = True
-    ) -> Any:
-        assert weights is not None, "training starts from the checkpoint that the stage wrote"
-        return weights
+    def __init__(self, *args: Any, **options: Any) -> None:
+        threads = torch.get_num_threads()
+        with quiet():
+            super().__init__(*args, **options)
+        torch.set_num_threads(threads)  # Ultralytics leaves one core idle, half of a small machine
+        if self.ddp:  # this process only starts the others, and would first empty the run folder
+            self.resume = True
 
-    def save_model(self) -> None:
+    def get_model(self, cfg: Any = None, weights: Any = None, verbose: bool = True) -> Any:
+        assert weights is not None, "training starts from the checkpoint that the stage wrote"
+        return weights.requires_grad_()  # a finished checkpoint comes frozen
+
+    def _setup_train(self) -> None:
+        with quiet():
+            super()._setup_train()
+
+    def resume_training(self, ckpt: dict[str, Any] | None) -> None:
+        """Go on after the checkpoint's epoch, forgetting one that was logged but not saved."""
+        super().resume_training(ckpt)
+        if self.resume and RANK in {-1, 0}:
+            rows = self.csv.read_text(encoding="utf-8").splitlines(keepends=True)
+            write_text(self.csv, "".join(rows[: 1 + self.start_epoch]))
+
+    def save_model(self) -> bool:
         """Write checkpoints under other names first: a kill must not leave half of one."""
-        final = {"last": self.last, "best": self.best}
+        final = {"best": self.best, "last": self.last}  # last is last: it says how far the run is
         for name, path in final.items():
             setattr(self, name, path.with_name(f".{path.name}"))
-        super().save_model()
+        saved: bool = super().save_model()
         for name, path in final.items():
             written = getattr(self, name)
             if written.exists():
                 written.replace(path)
             setattr(self, name, path)
+        return saved
+
+    def final_eval(self) -> None:
+        """Measure the best checkpoint. (Ultralytics also rewrites it here: the stage does that.)"""
+        self.validator.args.plots = self.args.plots
+        self.metrics = self.validator(model=self.best)
 
     def build_dataset(
         self, img_path: str, mode: str = "train", batch: int | None = None
     ) -> YOLODataset:
         samples = Dataset(Path(self.data["path"])).split(*self.data["splits"][mode])
+        options = copy(self.args)
+        options.deterministic = False  # or it warns of the cache, whose order is in truth fixed
         return CocoTruthDataset(
             samples=samples,
             img_path=img_path,
             imgsz=self.args.imgsz,
             batch_size=batch,
             augment=mode == "train",
-            hyp=copy(self.args),
+            hyp=options,
             rect=False,
             cache="ram",
             stride=32,
@@ -66,6 +94,11 @@ class PromptTrainer(DetectionTrainer):
             task="detect",
             data=self.data,
         )
+
+
+def plot_curves(results: Path) -> None:
+    """Plot `results.csv` as `results.png` beside it."""
+    plot_results(results)
 
 
 class CocoTruthDataset(YOLODataset):
@@ -76,7 +109,8 @@ class CocoTruthDataset(YOLODataset):
         super().__init__(**options)
 
     def build_transforms(self, hyp: Any = None) -> Any:
-        transforms = super().build_transforms(hyp)
+        with quiet():
+            transforms = super().build_transforms(hyp)
         for transform in transforms.transforms:
             if isinstance(transform, Albumentations) and transform.transform is not None:
                 transform.transform.set_random_seed(hyp.seed)  # it has a generator of its own
@@ -90,7 +124,7 @@ class CocoTruthDataset(YOLODataset):
 
 
 def _label(sample: Sample) -> dict[str, Any]:
-    """Ultralytics' label of one image: class (n, 1); centre, width and height as parts of the image."""
+    """Ultralytics' label of one image: class (n, 1); centre and size (n, 4), parts of the image."""
     boxes = np.array([a["bbox"] for a in sample.annotations], np.float32).reshape(-1, 4)
     boxes[:, :2] += boxes[:, 2:] / 2
     classes = np.array([a["category_id"] - 1 for a in sample.annotations], np.float32)

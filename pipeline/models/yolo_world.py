@@ -23,7 +23,7 @@ from pipeline.data.files import atomic_path
 from pipeline.errors import UserError
 from pipeline.models import weights
 from pipeline.models.device import has_fast_bfloat16
-from pipeline.models.ultralytics_settings import isolate
+from pipeline.models.ultralytics_settings import isolate, quiet
 
 isolate()
 
@@ -32,25 +32,27 @@ from ultralytics.nn.modules import C2fAttn  # noqa: E402
 from ultralytics.nn.tasks import DetectionModel, WorldModel, load_checkpoint  # noqa: E402
 from ultralytics.utils.nms import non_max_suppression  # noqa: E402
 from ultralytics.utils.ops import scale_boxes  # noqa: E402
+from ultralytics.utils.torch_utils import strip_optimizer  # noqa: E402
 
 SCRATCH = re.compile(r"yolov8[nsmlx]-worldv2\.yaml")
 EMBEDDING = 512  # length of a prompt embedding, that of CLIP ViT-B/32
-# The width of the head's class branch depends on the number of classes a model is built for. Official
-# checkpoints are built for COCO's 80; the number of classes detected is then that of the prompts.
+# The width of the head's class branch depends on the number of classes a model is built for: COCO's
+# 80 in official checkpoints. The number of classes it detects is that of its prompts.
 BUILT_FOR = 80
+SCALES = {16: "n", 32: "s", 48: "m", 64: "l", 80: "x"}  # by the channels of the first convolution
 NMS_IOU = 0.5  # of two boxes of a class that overlap more, the better one is kept
 
 
 class PromptedWorldModel(WorldModel):
     """A `WorldModel` that trains on its own prompt embeddings instead of texts in the batch.
 
-    `txt_feats` is (1, classes, 512): a parameter if the prompts are learned, else a constant tensor.
+    `txt_feats` is (1, classes, 512): a parameter if the prompts are learned, else a plain tensor.
     """
 
     def loss(self, batch: dict[str, Any], preds: Any = None) -> Any:
         if preds is None:
             # Ultralytics leaves mixed precision to GPUs; on a CPU with AMX it halves the time.
-            fast = batch["img"].device.type == "cpu" and has_fast_bfloat16()
+            fast = batch["img"].device.type == "cpu" and has_fast_bfloat16("cpu")
             with torch.autocast("cpu", torch.bfloat16, enabled=fast):
                 preds = self.forward(batch["img"])
             preds = {k: v.float() if torch.is_tensor(v) else v for k, v in preds.items()}
@@ -72,7 +74,8 @@ def load_model(source: str, *, offline: bool = False) -> WorldModel:
     try:
         model, _ = load_checkpoint(str(path))
     except Exception as error:  # unpickling raises whatever the file's classes raise
-        raise UserError(f"{path}: expected an Ultralytics checkpoint, found {error}") from error
+        found = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise UserError(f"{path}: expected an Ultralytics checkpoint, found {found}") from error
     if isinstance(model, WorldModel):
         return model
     if type(model) is DetectionModel and re.fullmatch(r"yolov8[nsmlx]?\.yaml", _yaml_name(model)):
@@ -90,7 +93,8 @@ def from_yolov8(detector: DetectionModel) -> WorldModel:
     input to its last convolution, the text attention; that input starts at zero weight, so neck and
     boxes equal those of YOLOv8. Class embeddings have no counterpart and start at random.
     """
-    world = WorldModel(f"yolov8{detector.yaml['scale']}-worldv2.yaml", nc=BUILT_FOR, verbose=False)
+    scale = SCALES[detector.model[0].conv.out_channels]  # old checkpoints do not name it
+    world = WorldModel(f"yolov8{scale}-worldv2.yaml", nc=BUILT_FOR, verbose=False)
     own, given = world.state_dict(), detector.float().state_dict()
     copied = {k: v for k, v in given.items() if k in own and own[k].shape == v.shape}
     for index, block in enumerate(world.model):
@@ -103,7 +107,7 @@ def from_yolov8(detector: DetectionModel) -> WorldModel:
 
 
 def _expect_few(world: WorldModel) -> WorldModel:
-    """Start an untrained class head at about five objects per 640 px image, as YOLOv8's head does."""
+    """Start an untrained class head at about five objects per 640 px image, as YOLOv8 does."""
     head = world.model[-1]
     for stride, contrast in zip(head.stride, head.cv4, strict=True):
         contrast.bias.data.fill_(math.log(5 / BUILT_FOR / (640 / float(stride)) ** 2))
@@ -113,7 +117,7 @@ def _expect_few(world: WorldModel) -> WorldModel:
 def set_prompts(
     model: WorldModel, classes: Sequence[str], embeddings: torch.Tensor | None, seed: int = 0
 ) -> PromptedWorldModel:
-    """Make the model detect `classes`, by fixed embeddings (classes, 512) or, with None, learned ones.
+    """Make the model detect `classes`, by fixed embeddings (classes, 512) or learned ones (None).
 
     Learned prompts keep what the model has if it was trained for the same classes; otherwise they
     start as random orthonormal vectors.
@@ -154,6 +158,15 @@ def save_checkpoint(model: WorldModel, path: Path) -> None:
         torch.save({"model": model, "train_args": {}}, temporary)
 
 
+def finish_checkpoint(path: Path) -> None:
+    """Turn a training checkpoint into one for detection, which loads without this package."""
+    with atomic_path(path) as temporary:
+        with quiet():
+            checkpoint = strip_optimizer(path, temporary)
+        checkpoint["model"] = plain(checkpoint["model"])
+        torch.save(checkpoint, temporary)
+
+
 def save_safetensors(model: WorldModel, path: Path, image_size: int) -> None:
     """Write a trained model in half precision, without pickles."""
     from safetensors.torch import save_file
@@ -173,7 +186,8 @@ def save_safetensors(model: WorldModel, path: Path, image_size: int) -> None:
 class Detector:
     """A trained network that finds boxes in images.
 
-    `image_size` is the longest side the network sees, in pixels (None: the size it was trained with).
+    `image_size` is the longest side the network sees, in pixels (None: what it was trained with).
+    The model is taken over: its normalisation layers are fused into the convolutions.
     """
 
     def __init__(self, model: WorldModel, image_size: int | None, device: torch.device) -> None:
@@ -212,16 +226,19 @@ def _read_safetensors(path: Path) -> WorldModel:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             state = {key: file.get_tensor(key).float() for key in file.keys()}  # noqa: SIM118
-        model = WorldModel(metadata["architecture"], nc=BUILT_FOR, verbose=False)
-        model.txt_feats = state.pop("txt_feats")
-        model.load_state_dict(state)
-    except (SafetensorError, KeyError, RuntimeError) as error:
-        raise UserError(f"{path}: expected YOLO-World weights, found {error}") from None
+    except SafetensorError as error:
+        raise UserError(f"{path}: expected safetensors, found {error}") from None
+    architecture = metadata.get("architecture", "none")
+    if not SCRATCH.fullmatch(architecture):
+        raise UserError(f"{path}: expected YOLO-World weights, found those of {architecture}")
+    model = WorldModel(architecture, nc=BUILT_FOR, verbose=False)
+    model.txt_feats = state.pop("txt_feats")
+    model.load_state_dict(state)
     model.names = dict(enumerate(json.loads(metadata["classes"])))
     model.nc = model.model[-1].nc = len(model.names)
     model.args = {"imgsz": int(metadata["image_size"])}
     return model
 
 
-def _yaml_name(model: nn.Module) -> str:
+def _yaml_name(model: DetectionModel) -> str:
     return Path(str(model.yaml.get("yaml_file", "unknown"))).name

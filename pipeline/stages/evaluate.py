@@ -101,6 +101,7 @@ def run(config: EvaluateConfig) -> None:
         true_boxes = [_measure_truth_boxes(oracle, sample) for sample in samples]
     classifiers = _read_classifiers(config.classifiers, dataset.classes, samples)
     record.claim(config.out, config.force)
+    record.write_config(config.out, "evaluate", config)
 
     threshold = _choose_threshold(config, dataset, predictions)
     measured = _measure(

@@ -1,7 +1,7 @@
 """Fine-tune a SAM on a dataset's boxes and masks.
 
-Output folder: sam.safetensors (best on the val split), last.pt (to resume), results.csv, curves.png,
-config.yaml, run.json.
+Output folder: sam.safetensors (best on the val split), last.pt (to resume), results.csv,
+curves.png, config.yaml, run.json.
 """
 
 from __future__ import annotations
@@ -74,11 +74,12 @@ def run(config: FinetuneSamConfig) -> None:
     last = config.out / "last.pt"
     if config.resume and not last.is_file():
         raise UserError(f"--resume: expected a checkpoint at {last}, found none")
+    torch.manual_seed(config.seed)  # sam-lite-imagenet has a decoder of random weights
     loaded = sams.load_sam(config.model, offline=config.offline)
     if not config.resume:
         record.claim(config.out, config.force)
         last.unlink(missing_ok=True)
-    record.write_config(config.out, COMMAND, config)
+        record.write_config(config.out, COMMAND, config)
     loaded.model.to(device)
     fit(loaded, train, val, config)
     record.write_record(config.out, COMMAND, config)
@@ -103,13 +104,14 @@ def fit(
     rows: training.Rows = []
     if config.resume:
         rows = training.restore_state(config.out / "last.pt", signature, sam, optimizer, scheduler)
-    sam.eval()  # BatchNorm keeps its statistics: batches are small, and inference uses them
+    sam.eval()
     cache = _cached_embeddings(sam, train, config) if config.train == "decoder" else None
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
     with Progress(*columns) as progress:
         bar = progress.add_task("", total=config.epochs * batches, completed=len(rows) * batches)
         while len(rows) < config.epochs and _since_best(rows) < config.patience:
             epoch = len(rows) + 1
+            _train_mode(sam)
             losses = []
             for copies in _batches(len(train) * config.repeats, config, epoch):
                 examples = [_training_example(sam, train, config, epoch, i) for i in copies]
@@ -160,7 +162,7 @@ def _cached_embeddings(sam: Sam, train: list[Instance], config: FinetuneSamConfi
 def _training_example(
     sam: Sam, train: list[Instance], config: FinetuneSamConfig, epoch: int, copy: int
 ) -> Example:
-    """A varied view of an instance: window, mirroring, light; and its box, each side moved a little.
+    """A varied view of an instance: window, mirroring, light; and its box, each side moved a bit.
 
     The view changes from epoch to epoch, except with a frozen encoder, whose output is cached.
     """
@@ -191,7 +193,7 @@ def make_example(sam: Sam, instance: Instance, zoom: float, rng: np.random.Gener
     return Example(tensor, box, np.ascontiguousarray(mask), size)
 
 
-@lru_cache(maxsize=256)  # decoding takes longer than everything else that makes an example
+@lru_cache(maxsize=64)  # decoding takes longer than everything else that makes an example
 def _image(sample: Sample) -> np.ndarray:
     return sample.image()
 
@@ -253,7 +255,7 @@ def _target(example: Example, scale: float) -> torch.Tensor:
 
 
 def _mask_loss(logits: torch.Tensor, target: torch.Tensor, kind: str) -> torch.Tensor:
-    """Dice (Milletari et al., arXiv 1606.04797) plus BCE, or focal loss (Lin et al., 1708.02002)."""
+    """Dice (Milletari et al., arXiv 1606.04797) plus BCE or focal loss (Lin et al., 1708.02002)."""
     probability = logits.sigmoid()
     dice = 1 - (2 * (probability * target).sum() + 1) / (probability.sum() + target.sum() + 1)
     bce = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
@@ -264,8 +266,10 @@ def _mask_loss(logits: torch.Tensor, target: torch.Tensor, kind: str) -> torch.T
 
 
 def _fast(sam: Sam) -> torch.autocast:
-    """Mixed precision where the machine gains by it."""
-    return torch.autocast(sam.device.type, torch.bfloat16, enabled=has_fast_bfloat16())
+    """Mixed precision where the encoder gains by it; the depthwise convolutions of a CPU do not."""
+    kind = sam.device.type
+    gains = kind != "cpu" or not isinstance(sam.image_encoder, sams.LiteEncoder)
+    return torch.autocast(kind, torch.bfloat16, enabled=gains and has_fast_bfloat16(kind))
 
 
 def mean_iou(loaded: sams.LoadedSam, instances: list[Instance], zoom: float) -> float:
@@ -274,7 +278,7 @@ def mean_iou(loaded: sams.LoadedSam, instances: list[Instance], zoom: float) -> 
     scores = []
     for sample in dict.fromkeys(instance.sample for instance in instances):
         found = segmenter.segment(sample.image(), sample.truth)
-        pairs = zip(found.mask, sample.truth.mask, strict=True)
+        pairs = zip(np.asarray(found.mask), np.asarray(sample.truth.mask), strict=True)
         scores += [masks.iou(mask, truth) for mask, truth in pairs]
     return float(np.mean(scores)) if scores else math.nan
 
@@ -289,10 +293,20 @@ def _since_best(rows: training.Rows) -> int:
     return len(rows) - 1 - _best(rows) if rows else 0
 
 
+def _train_mode(sam: Sam) -> None:
+    """Train, but keep BatchNorm's statistics: batches are small, and inference uses them."""
+    sam.train()
+    for module in sam.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.eval()
+
+
 def _trained_parameters(sam: Sam, config: FinetuneSamConfig) -> list[dict[str, Any]]:
     """Freeze what is not trained; the rest as groups with their learning rates."""
     sam.requires_grad_(False)
-    groups = [{"params": list(sam.mask_decoder.parameters()), "lr": config.lr}]
+    groups: list[dict[str, Any]] = [
+        {"params": list(sam.mask_decoder.parameters()), "lr": config.lr}
+    ]
     if config.train == "neck":
         groups.append({"params": list(sam.image_encoder.neck.parameters()), "lr": config.lr})
     if config.train == "all":
@@ -302,6 +316,9 @@ def _trained_parameters(sam: Sam, config: FinetuneSamConfig) -> list[dict[str, A
     for group in groups:
         for parameter in group["params"]:
             parameter.requires_grad_(True)
+    if isinstance(sam.image_encoder, sams.LiteEncoder):
+        for parameter in sam.image_encoder.general_parameters():
+            parameter.requires_grad_(False)
     return groups
 
 

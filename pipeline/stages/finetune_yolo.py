@@ -15,11 +15,13 @@ from pipeline import record
 from pipeline.config import FinetuneYoloConfig
 from pipeline.data.augment import photometric
 from pipeline.data.dataset import Dataset, split_name
-from pipeline.data.files import atomic_path, write_text
+from pipeline.data.files import write_text
 from pipeline.errors import UserError
 from pipeline.models import text, yolo_world
 from pipeline.models.device import device_name, has_fast_bfloat16
-from pipeline.models.yolo_trainer import PromptTrainer
+from pipeline.models.yolo_trainer import PromptTrainer, plot_curves
+
+COMMAND = "finetune-yolo"
 
 
 def run(config: FinetuneYoloConfig) -> None:
@@ -30,30 +32,44 @@ def run(config: FinetuneYoloConfig) -> None:
                 f"--data: expected images in the {split} split of {config.data}, found none"
             )
     device = device_name(config.device)
-    last = config.out / "weights" / "last.pt"
-    if config.resume and not last.is_file():
-        raise UserError(f"--resume: expected a checkpoint at {last}, found none")
-    if not config.resume:
-        embeddings, kind = _prompt_embeddings(config, dataset.classes)
+    best, last, start = (
+        config.out / "weights" / f"{name}.pt" for name in ("best", "last", "start")
+    )
+    if config.resume:
+        _check_resumable(config, last)
+    else:
+        texts = _texts(config, dataset.classes)
+        embeddings, kind = _prompt_embeddings(config, texts)
         model = yolo_world.load_model(config.model, offline=config.offline)
         model = yolo_world.set_prompts(model, dataset.classes, embeddings, config.seed)
         record.claim(config.out, config.force)
+        record.write_config(config.out, COMMAND, config)
+        best.unlink(missing_ok=True)
         last.unlink(missing_ok=True)
         print(f"prompts: {kind}")
-        write_text(
-            config.out / "prompts.yaml",
-            yaml.safe_dump({"embeddings": kind, "texts": _texts(config, dataset.classes)}),
+        prompts = {"embeddings": kind, "texts": dict(zip(dataset.classes, texts, strict=True))}
+        write_text(config.out / "prompts.yaml", yaml.safe_dump(prompts, sort_keys=False))
+        yolo_world.save_checkpoint(model, start)
+    if config.resume and _is_trained(last, config):
+        plot_curves(config.out / "results.csv")  # it may have been killed before that
+    else:
+        PromptTrainer(overrides=_training_options(config, dataset, device)).train()
+    for path in (best, last):
+        yolo_world.finish_checkpoint(path)
+    start.unlink(missing_ok=True)
+    record.write_record(config.out, COMMAND, config)
+    print(f"detector: {best}")
+
+
+def _check_resumable(config: FinetuneYoloConfig, last: Path) -> None:
+    """Raises `UserError` if there is nothing to go on from, or something of other options."""
+    if not last.is_file():
+        raise UserError(f"--resume: expected a checkpoint at {last}, found none")
+    if not record.was_begun(COMMAND, config):
+        raise UserError(
+            f"--resume: expected the options and data that {config.out} was begun with, found "
+            "others, or a finished run"
         )
-        yolo_world.save_checkpoint(model, config.out / "weights" / "start.pt")
-    record.write_config(config.out, "finetune-yolo", config)
-    if not _is_trained(last):
-        options = _training_options(config, dataset, device)
-        PromptTrainer(overrides=options).train()
-    for name in ("best.pt", "last.pt"):
-        _make_plain(config.out / "weights" / name)
-    (config.out / "weights" / "start.pt").unlink(missing_ok=True)
-    record.write_record(config.out, "finetune-yolo", config)
-    print(f"detector: {config.out / 'weights' / 'best.pt'}")
 
 
 def _texts(config: FinetuneYoloConfig, classes: tuple[str, ...]) -> list[str]:
@@ -66,18 +82,17 @@ def _texts(config: FinetuneYoloConfig, classes: tuple[str, ...]) -> list[str]:
 
 
 def _prompt_embeddings(
-    config: FinetuneYoloConfig, classes: tuple[str, ...]
+    config: FinetuneYoloConfig, texts: list[str]
 ) -> tuple[torch.Tensor | None, str]:
     """CLIP's embeddings of the prompts, or None for learned ones; and which of the two it is."""
-    texts = _texts(config, classes)
     if config.text == "learned":
         return None, "learned"
     try:
         return text.clip_embeddings(texts, offline=config.offline), "CLIP ViT-B/32"
     except UserError as error:
         if config.text == "clip":
-            raise
-        return None, f"learned (no CLIP: {error.problems[0]})"
+            raise UserError(*(f"--text clip: {problem}" for problem in error.problems)) from None
+        return None, f"learned (not by CLIP: {error.problems[0]})"
 
 
 def _training_options(
@@ -114,7 +129,7 @@ def _training_options(
         "deterministic": True,
         "device": device,
         # Without "bf16" Ultralytics would download a model to test mixed precision with.
-        "amp": "bf16" if device != "cpu" and has_fast_bfloat16() else False,
+        "amp": "bf16" if device not in {"cpu", "mps"} and has_fast_bfloat16("cuda") else False,
         "plots": True,
         **(AUGMENTATION if config.augment else NO_AUGMENTATION),
     }
@@ -138,19 +153,21 @@ AUGMENTATION: dict[str, object] = {
     "hsv_v": 0.0,
 }
 NO_AUGMENTATION: dict[str, object] = {
-    name: 0.0 for name in "mosaic fliplr degrees translate scale hsv_h hsv_s hsv_v erasing".split()
-} | {"augmentations": []}
+    "mosaic": 0.0,
+    "fliplr": 0.0,
+    "translate": 0.0,
+    "scale": 0.0,
+    "hsv_h": 0.0,
+    "hsv_s": 0.0,
+    "hsv_v": 0.0,
+    "augmentations": [],
+}
 
 
-def _is_trained(last: Path) -> bool:
+def _is_trained(last: Path, config: FinetuneYoloConfig) -> bool:
     """Whether training has ended and only what comes after it is missing."""
-    return last.is_file() and torch.load(last, weights_only=False)["epoch"] == -1
-
-
-def _make_plain(path: Path) -> None:
-    """Rewrite a finished checkpoint so that it loads without this package."""
-    checkpoint = torch.load(path, weights_only=False)
-    if isinstance(checkpoint["model"], yolo_world.PromptedWorldModel):
-        checkpoint["model"] = yolo_world.plain(checkpoint["model"])
-        with atomic_path(path) as temporary:
-            torch.save(checkpoint, temporary)
+    checkpoint = torch.load(last, map_location="cpu", weights_only=False)
+    epochs = checkpoint["epoch"] + 1
+    if epochs in (0, config.epochs):  # 0: finished
+        return True
+    return bool(epochs - checkpoint["stopper"]["best_epoch"] >= config.patience)

@@ -59,6 +59,8 @@ class Predictions:
     def __init__(self, folder: Path, threshold: float) -> None:
         self.folder = folder
         self.classes, images = read_images(folder)
+        if not images:
+            raise UserError(f"--predictions: expected images in {folder}, found none")
         self._images = {image["file_name"]: image for image in images}
         self._results = read_results(folder / PREDICTIONS)
         found = {e["category_id"] for entries in self._results.values() for e in entries}
@@ -105,10 +107,8 @@ def run(config: OverlayConfig) -> None:
         print("no errors: no video written")
     else:
         counts = _film(config, reel, captions, predictions)
-        print(
-            ", ".join(f"{counts[word]} {word}" for word in SEVERITY if counts[word])
-            or "no verdicts"
-        )
+        if verdicts := [f"{counts[word]} {word}" for word in SEVERITY if counts[word]]:
+            print(", ".join(verdicts))
         print(f"video: {config.out} ({counts.total()} images)")
     write_record(config.out, "overlay", config)
 
@@ -118,7 +118,7 @@ def _film(
 ) -> Counter[str | None]:
     """Draw and encode image by image. Returns how often each verdict was given."""
     note = (
-        f"score from {config.threshold:g} · q: mask quality, by SAM's own estimate"
+        f"score from {config.threshold:.3g} · q: mask quality, by SAM's own estimate"
         if "prediction" in captions
         else ""
     )

@@ -1,7 +1,7 @@
 """Run the stages of a configuration in order.
 
-A stage is skipped when its folder holds the finished result of the same options and inputs, and goes
-on from its last checkpoint when it was interrupted.
+A stage is skipped when its folder holds the finished result of the same options and inputs; a
+training that was interrupted goes on from its last checkpoint.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from rich.console import Console
 
 from pipeline import config as configs
 from pipeline import record
-from pipeline.config import RunConfig, StageConfig, TrainConfig
+from pipeline.config import SECTIONS, RunConfig, StageConfig, TrainConfig
 from pipeline.data import report
 from pipeline.data.files import read_json
 from pipeline.errors import UserError
 
-CHECKPOINTS = ("last.pt", "weights/last.pt")
 console = Console()
 
 
 def run(config: RunConfig) -> None:
     stages = plan(config)
     started = time.monotonic()
+    record.claim(config.out, force=False)
     record.write_config(config.out, "run", config)
     folders: dict[str, Path] = {}
     for number, (command, stage) in enumerate(stages, start=1):
@@ -51,10 +51,11 @@ def plan(config: RunConfig) -> list[tuple[str, StageConfig]]:
     """
     planned: list[tuple[str, StageConfig]] = []
     problems: list[str] = []
-    for command, section, values in _stages(config):
-        cls = _config_class(command)
+    for section, values in _stages(config):
+        name = section.split(".")[0]
         try:
-            planned.append((command, configs.build(cls, values, section=f"{section}.")))
+            stage = configs.build(SECTIONS[name], values, section=f"{section}.")
+            planned.append((name.replace("_", "-"), stage))
         except UserError as error:
             problems += error.problems
     if problems:
@@ -62,21 +63,22 @@ def plan(config: RunConfig) -> list[tuple[str, StageConfig]]:
     return planned
 
 
-def _stages(config: RunConfig) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """Each stage's command, its section in the file, and its options with the links filled in."""
+def _stages(config: RunConfig) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each stage's section in the file, and its options with the links filled in."""
     out = config.out
     if config.synth is not None:
-        source = out / "mvtec"
-        yield "synth", "synth", {"out": source, **config.synth}
+        synth = {"out": out / "mvtec", **config.synth}
+        yield "synth", synth
+        source = synth["out"]
     else:
-        source = config.mvtec_root / str(config.convert.get("source", ""))
+        source = config.mvtec_root / str(config.convert["source"])
     convert = {"out": out / "dataset", **config.convert, "source": source}
-    yield "convert", "convert", convert
+    yield "convert", convert
     data = {"data": convert["out"], "fold": config.fold}
     detector = {**data, "out": out / "detector", **config.finetune_yolo}
     if config.init is not None:
         detector["model"] = config.init
-    yield "finetune-yolo", "finetune_yolo", detector
+    yield "finetune_yolo", detector
     segment = {
         "source": convert["out"],
         "fold": config.fold,
@@ -86,41 +88,35 @@ def _stages(config: RunConfig) -> Iterator[tuple[str, str, dict[str, Any]]]:
     }
     if config.finetune_sam is not None:
         segmenter = {**data, "out": out / "segmenter", **config.finetune_sam}
-        yield "finetune-sam", "finetune_sam", segmenter
+        yield "finetune_sam", segmenter
         segment["sam"] = str(Path(segmenter["out"]) / "sam.safetensors")
     classifiers = []
     for name, options in config.finetune_classifier.items():
-        classifiers.append(out / "classifiers" / name)
-        options = {**data, "out": classifiers[-1], **(options or {})}
-        yield "finetune-classifier", f"finetune_classifier.{name}", options
-    yield "segment", "segment", segment
-    upper_bound = {**segment, "boxes": "truth", "out": out / "truth_boxes", "splits": ("test",)}
-    yield "segment", "segment", upper_bound
+        classifier = {**data, "out": out / "classifiers" / name, **options}
+        yield f"finetune_classifier.{name}", classifier
+        classifiers.append(classifier["out"])
+    yield "segment", segment
+    measured = config.evaluate.get("split", "test")
+    truth_boxes = {**segment, "boxes": "truth", "out": out / "truth_boxes", "splits": (measured,)}
+    yield "segment", truth_boxes
     evaluate = {
         **data,
         "predictions": segment["out"],
-        "truth_boxes": upper_bound["out"],
+        "truth_boxes": truth_boxes["out"],
         "classifiers": classifiers,
         "out": out / "evaluation",
         **config.evaluate,
     }
-    yield "evaluate", "evaluate", evaluate
+    yield "evaluate", evaluate
     overlay = {
         "source": convert["out"],
         "fold": config.fold,
         "predictions": segment["out"],
+        "split": measured,
         "out": out / "review.mp4",
         **config.overlay,
     }
-    yield "overlay", "overlay", overlay
-
-
-def _config_class(command: str) -> type[StageConfig]:
-    from pipeline.cli import COMMANDS
-
-    cls = COMMANDS[command]
-    assert issubclass(cls, StageConfig)
-    return cls
+    yield "overlay", overlay
 
 
 def _run_stage(command: str, stage: StageConfig) -> None:
@@ -128,7 +124,7 @@ def _run_stage(command: str, stage: StageConfig) -> None:
         console.print("up to date")
         return
     changes: dict[str, Any] = {"force": True}
-    if isinstance(stage, TrainConfig) and record.was_begun(stage.out, stage):
-        changes["resume"] = any((stage.out / name).is_file() for name in CHECKPOINTS)
+    if isinstance(stage, TrainConfig):
+        changes["resume"] = record.can_resume(command, stage)
     module = importlib.import_module(f"pipeline.stages.{command.replace('-', '_')}")
     module.run(stage.model_copy(update=changes))

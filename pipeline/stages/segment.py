@@ -6,7 +6,8 @@ Output folder: predictions.json and images.json (see `pipeline.data.predictions`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,9 @@ from rich.progress import Progress
 from pipeline import record
 from pipeline.config import SegmentConfig
 from pipeline.data import predictions
-from pipeline.data.dataset import Dataset
+from pipeline.data.dataset import Dataset, Sample
 from pipeline.data.files import atomic_path
-from pipeline.data.video import Frame, frames
+from pipeline.data.video import Frame, count_frames, frames
 from pipeline.errors import UserError
 from pipeline.models import sam as sams
 from pipeline.models.device import torch_device
@@ -35,22 +36,24 @@ def run(config: SegmentConfig) -> None:
     find_boxes, classes = _box_source(config, dataset)
     loaded = sams.load_sam(config.sam, offline=config.offline)
     segmenter = sams.Segmenter(loaded, config.zoom, device)
+    pictures, count = _pictures(config, dataset)
     record.claim(config.out, config.force)
+    record.write_config(config.out, COMMAND, config)
+    shutil.rmtree(config.out / "masks", ignore_errors=True)  # of an earlier run
     results: list[dict[str, Any]] = []
     images: list[dict[str, Any]] = []
     with Progress() as progress:
-        bar = progress.add_task("segmenting", total=None)
-        for frame in _frames(config, dataset):
-            boxes = find_boxes(frame)
-            boxes = boxes[np.asarray(boxes.confidence) >= config.min_score][: config.max_boxes]
-            found = segmenter.segment(frame.image, boxes, config.prompt)
+        bar = progress.add_task("segmenting", total=count)
+        for frame in pictures:
+            found = segmenter.segment(frame.image, find_boxes(frame), config.prompt)
             results += predictions.coco_results(frame.image_id, found)
             height, width = frame.image.shape[:2]
             images.append(
                 {"id": frame.image_id, "file_name": frame.name, "width": width, "height": height}
             )
             if config.masks:
-                name = f"{Path(frame.name).stem}.png"
+                # Only .png goes: the masks of a.jpg and a.png must not overwrite one another.
+                name = f"{frame.name.removesuffix('.png')}.png"
                 _write_mask(config.out / "masks" / name, found, (height, width))
             progress.advance(bar)
     predictions.write_predictions(config.out, results, images, classes)
@@ -58,14 +61,16 @@ def run(config: SegmentConfig) -> None:
     print(f"{len(results)} instances in {len(images)} images: {config.out}")
 
 
-def _frames(config: SegmentConfig, dataset: Dataset | None) -> Iterator[Frame]:
-    """The pictures to segment: the dataset's splits, or whatever the source holds."""
+def _pictures(config: SegmentConfig, dataset: Dataset | None) -> tuple[Iterator[Frame], int | None]:
+    """The dataset's splits, or whatever the source holds; and how many pictures, if known."""
     if dataset is None:
-        yield from frames(config.source)
-        return
-    for split in config.splits:
-        for sample in dataset.split(split, config.fold):
-            yield Frame(sample.image_id, sample.path.name, sample.image())
+        return frames(config.source), count_frames(config.source)
+    samples = _samples(config, dataset)
+    return (Frame(s.image_id, s.path.name, s.image()) for s in samples), len(samples)
+
+
+def _samples(config: SegmentConfig, dataset: Dataset) -> list[Sample]:
+    return [s for split in config.splits for s in dataset.split(split, config.fold)]
 
 
 def _box_source(
@@ -75,44 +80,37 @@ def _box_source(
     if config.boxes == "truth":
         if dataset is None:
             raise UserError(f"--boxes truth: expected a dataset, found {config.source}")
-        return _true_boxes(config, dataset), dataset.classes
+        truth = {
+            sample.image_id: [{**a, "score": 1.0} for a in sample.annotations]
+            for sample in _samples(config, dataset)
+        }
+        return _boxes_of(truth, config), dataset.classes
     if config.boxes.endswith(".json"):
-        return _boxes_of_file(Path(config.boxes), dataset)
+        return _boxes_of_file(Path(config.boxes), dataset, config)
     return _detected_boxes(config, dataset)
 
 
-def _true_boxes(config: SegmentConfig, dataset: Dataset) -> FindBoxes:
-    truth = {
-        sample.image_id: sample.truth
-        for split in config.splits
-        for sample in dataset.split(split, config.fold)
-    }
+def _boxes_of(entries: Mapping[int, Sequence[dict[str, Any]]], config: SegmentConfig) -> FindBoxes:
+    """The boxes of COCO results by image id, as a detector would give them: the best, in order."""
 
     def find(frame: Frame) -> sv.Detections:
-        true = truth[frame.image_id]
-        return sv.Detections(
-            xyxy=true.xyxy, class_id=true.class_id, confidence=np.ones(len(true), np.float32)
-        )
+        found = [e for e in entries.get(frame.image_id, ()) if e["score"] >= config.min_score]
+        found = sorted(found, key=lambda entry: -entry["score"])[: config.max_boxes]
+        return predictions.from_coco_results([{**e, "segmentation": None} for e in found])
 
     return find
 
 
-def _boxes_of_file(path: Path, dataset: Dataset | None) -> tuple[FindBoxes, tuple[str, ...]]:
+def _boxes_of_file(
+    path: Path, dataset: Dataset | None, config: SegmentConfig
+) -> tuple[FindBoxes, tuple[str, ...]]:
     """Boxes of a COCO results file; its classes are the dataset's, or those of its images.json."""
     entries = predictions.read_results(path)
-    if dataset is not None:
-        classes = dataset.classes
-    else:
-        classes = predictions.read_images(path.parent)[0]
+    classes = dataset.classes if dataset else predictions.read_images(path.parent)[0]
     largest = max((e["category_id"] for group in entries.values() for e in group), default=1)
     if largest > len(classes):
         raise UserError(f"{path}: expected category ids up to {len(classes)}, found {largest}")
-
-    def find(frame: Frame) -> sv.Detections:
-        found = sorted(entries.get(frame.image_id, []), key=lambda entry: -entry["score"])
-        return predictions.from_coco_results([{**e, "segmentation": None} for e in found])
-
-    return find, classes
+    return _boxes_of(entries, config), classes
 
 
 def _detected_boxes(
@@ -143,7 +141,8 @@ def _detected_boxes(
 def _write_mask(path: Path, found: sv.Detections, shape: tuple[int, int]) -> None:
     """A PNG whose pixels are category ids, 0 where there is no defect; higher scores win."""
     labels = np.zeros(shape, np.uint8)
-    for i in np.argsort(found.confidence, kind="stable"):
-        labels[found.mask[i]] = found.class_id[i] + 1
+    masks, classes = np.asarray(found.mask), np.asarray(found.class_id)
+    for i in np.argsort(np.asarray(found.confidence), kind="stable"):
+        labels[masks[i]] = classes[i] + 1
     with atomic_path(path) as temporary:
         temporary.write_bytes(cv2.imencode(".png", labels)[1].tobytes())

@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
-import shutil
-
 from rich.progress import Progress
 
 from pipeline import record
 from pipeline.config import SynthConfig
 from pipeline.data import synth
+from pipeline.data.files import atomic_folder
 from pipeline.errors import UserError
+
+RENDERED = {"train", "test", "ground_truth", "config.yaml", "run.json"}
 
 
 def run(config: SynthConfig) -> None:
-    if config.out.exists():
-        if not config.force:
-            raise UserError(f"--out: {config.out} exists; give --force to replace it")
-        record.claim(config.out, force=True)  # only what this command has made is removed
-        shutil.rmtree(config.out)
+    record.claim(config.out, config.force)
+    if foreign := sorted({path.name for path in config.out.iterdir()} - RENDERED):
+        raise UserError(
+            f"--out: expected nothing but a rendered dataset in {config.out}, found {foreign[0]}"
+        )
     total = config.train_good + config.test_good + config.per_defect * len(synth.DEFECTS)
-    with Progress() as progress:
+    with Progress() as progress, atomic_folder(config.out) as place:
         task = progress.add_task("rendering", total=total)
+        place.rmdir()  # what renders it also makes it
         synth.render_dataset(
-            config.out,
+            place,
             train_good=config.train_good,
             test_good=config.test_good,
             per_defect=config.per_defect,
@@ -30,5 +32,5 @@ def run(config: SynthConfig) -> None:
             seed=config.seed,
             on_image=lambda: progress.advance(task),
         )
-    record.write_record(config.out, "synth", config)
+        record.write_record(place, "synth", config)
     print(f"{total} images: {config.out}")
