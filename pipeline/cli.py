@@ -102,7 +102,7 @@ def _add_flag(parser: argparse.ArgumentParser, flag: str, name: str, info: Any) 
     kind = info.annotation
     default = None if info.is_required() else info.get_default(call_default_factory=True)
     text = (info.description or "").replace("%", "%%")
-    if default not in (None, (), {}, False):
+    if default not in (None, (), {}) and default is not False:
         shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
         text += f" (default: {'yes' if default is True else shown})"
     origin = typing.get_origin(kind)

@@ -41,6 +41,14 @@ def _check_zoom(zoom: float) -> float:
 Zoom = Annotated[float, Field(ge=0), AfterValidator(_check_zoom)]
 SplitName = Literal["train", "val", "test"]
 
+# Options whose default differs from training to training.
+Epochs = Annotated[PositiveInt, Field(description="most passes over the training images")]
+Patience = Annotated[
+    PositiveInt, Field(description="stop after this many epochs without improvement")
+]
+Batch = Annotated[PositiveInt, Field(description="images (or boxes) per step")]
+LearningRate = Annotated[PositiveFloat, Field(description="peak learning rate")]
+
 
 class Config(BaseModel):
     """Base of all configurations: immutable, and unknown keys are errors."""
@@ -120,10 +128,10 @@ class TrainConfig(StageConfig):
     fold: int | None = Field(
         None, ge=0, description="fold of the dataset instead of its single split"
     )
-    epochs: PositiveInt = Field(description="most passes over the training images")
-    patience: PositiveInt = Field(description="stop after this many epochs without improvement")
-    batch: PositiveInt = Field(16, description="images (or boxes) per step")
-    lr: PositiveFloat = Field(description="peak learning rate")
+    epochs: Epochs
+    patience: Patience
+    batch: Batch = 16
+    lr: LearningRate
     seed: Seed = Field(0, description="seed of everything random")
     device: str = Field("auto", description="auto, cpu, mps, 0 or, for several GPUs, 0,1")
     resume: bool = Field(False, description="go on from the last checkpoint of this output folder")
@@ -143,9 +151,9 @@ class FinetuneYoloConfig(TrainConfig):
     text: Literal["auto", "clip", "learned"] = Field(
         "auto", description="prompt embeddings: from CLIP, learned, or CLIP where it can be had"
     )
-    epochs: PositiveInt = 100
-    patience: PositiveInt = 30
-    lr: PositiveFloat = 2e-3
+    epochs: Epochs = 100
+    patience: Patience = 30
+    lr: LearningRate = 2e-3
     image_size: PositiveInt = Field(640, description="longest side the detector sees, in pixels")
     augment: bool = Field(True, description="augment the training images")
     offline: bool = Field(False, description="never download")
@@ -158,10 +166,10 @@ class FinetuneSamConfig(TrainConfig):
     train: Literal["decoder", "neck", "all"] = Field(
         "decoder", description="the decoder alone, with the encoder's neck, or everything"
     )
-    epochs: PositiveInt = 40
-    patience: PositiveInt = 10
-    batch: PositiveInt = 8
-    lr: PositiveFloat = 5e-4
+    epochs: Epochs = 40
+    patience: Patience = 10
+    batch: Batch = 8
+    lr: LearningRate = 5e-4
     loss: Literal["bce", "focal"] = Field("bce", description="the term beside Dice")
     box_jitter: float = Field(
         0.1, ge=0, lt=0.5, description="shift of box sides, part of the box size"
@@ -183,9 +191,9 @@ class FinetuneClassifierConfig(TrainConfig):
     unfreeze: tuple[str, ...] = Field(
         (), description="train these parts of the backbone alone, e.g. layer4 fc (none: train all)"
     )
-    epochs: PositiveInt = 50
-    patience: PositiveInt = 50
-    lr: PositiveFloat = 1e-3
+    epochs: Epochs = 50
+    patience: Patience = 50
+    lr: LearningRate = 1e-3
     optimizer: Literal["adam", "adamw"] = Field("adam", description="optimiser")
     weight_decay: float = Field(0.0, ge=0, description="weight decay")
     image_size: PositiveInt = Field(
@@ -419,6 +427,7 @@ EXPECTED = {  # of pydantic's types of problems, where its own words would not f
     "int_parsing": "a whole number",
     "int_type": "a whole number",
     "int_from_float": "a whole number",
+    "int_parsing_size": "a smaller number",
     "float_parsing": "a number",
     "float_type": "a number",
     "bool_parsing": "true or false",

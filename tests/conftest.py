@@ -14,8 +14,12 @@ settings.load_profile("pipeline")
 
 @pytest.fixture(scope="session")
 def mvtec_root() -> Path:
-    """The folder that holds the real `transistor/`; tests that need it are skipped without it."""
-    root = os.environ.get("PIPELINE_MVTEC_ROOT")
-    if not root:
-        pytest.skip("PIPELINE_MVTEC_ROOT is not set")
-    return Path(root)
+    """The folder that holds the real `transistor/`; tests that need it are skipped without it.
+
+    Where PIPELINE_REQUIRE_MVTEC is set they fail instead.
+    """
+    root = Path(os.environ.get("PIPELINE_MVTEC_ROOT") or "nowhere")
+    if not (root / "transistor").is_dir():
+        give_up = pytest.fail if os.environ.get("PIPELINE_REQUIRE_MVTEC") else pytest.skip
+        give_up(f"PIPELINE_MVTEC_ROOT: expected a folder with transistor/, found {root}")
+    return root

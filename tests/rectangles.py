@@ -39,7 +39,7 @@ def write_dataset(
     height: int = 72,
     width: int = 96,
 ) -> Path:
-    """Write images and truth. Image ids count from 1 through train, val and test; returns `root`."""
+    """Write images and truth, and return `root`. Image ids count from 1: train, val, test."""
     items: list[Item] = []
     names: dict[str, list[str]] = {part: [] for part in ("train", "val", "test")}
     (root / "images").mkdir(parents=True)

@@ -26,5 +26,11 @@ _PHOTOMETRIC = A.Compose(photometric())
 
 def vary_light(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """A photometric variation of a (height, width, 3) uint8 image; `rng` alone decides which."""
-    _PHOTOMETRIC.set_random_seed(int(rng.integers(2**31)))
+    seed(_PHOTOMETRIC, rng)
     return np.asarray(_PHOTOMETRIC(image=image)["image"])
+
+
+def seed(composed: A.Compose, rng: np.random.Generator) -> None:
+    """Seed each transform by itself: `Compose` would give all of them the same random numbers."""
+    for transform in composed.transforms:
+        transform.set_random_seed(int(rng.integers(2**31)))

@@ -25,7 +25,7 @@ def decode_rle(rle: dict[str, Any]) -> np.ndarray:
 
 
 def box_of(mask: np.ndarray) -> tuple[int, int, int, int]:
-    """The smallest half-open box (x1, y1, x2, y2) around a mask. Raises `ValueError` if it is empty."""
+    """The smallest half-open box (x1, y1, x2, y2) of a mask. Raises `ValueError` if it is empty."""
     rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
     if not rows.size:
         raise ValueError("expected a mask with pixels, found an empty one")

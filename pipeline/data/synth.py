@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import tempfile
 import zlib
 from collections.abc import Callable
@@ -449,6 +450,11 @@ def _nothing() -> None:
     """Default progress callback."""
 
 
+def _prepare_worker() -> None:
+    cv2.setNumThreads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent answers Ctrl-C
+
+
 def render_dataset(
     out: Path,
     *,
@@ -485,9 +491,13 @@ def render_dataset(
                 on_image()
         else:
             spawn = get_context("spawn")
-            with ProcessPoolExecutor(workers, spawn, cv2.setNumThreads, (1,)) as pool:
-                for _ in pool.map(_write, *zip(*jobs, strict=True), chunksize=8):
-                    on_image()
+            with ProcessPoolExecutor(workers, spawn, _prepare_worker) as pool:
+                try:
+                    for _ in pool.map(_write, *zip(*jobs, strict=True), chunksize=8):
+                        on_image()
+                except BaseException:  # or the pool would render all that is left
+                    pool.shutdown(cancel_futures=True)
+                    raise
         root.chmod(0o755)  # mkdtemp makes it private
         root.rename(out)
     except BaseException:

@@ -32,7 +32,8 @@ def isolate() -> None:
         YOLO_AUTOINSTALL="0",
         NO_ALBUMENTATIONS_UPDATE="1",
     )
-    os.environ.setdefault("MPLCONFIGDIR", str(folder))  # matplotlib's font cache, for the plots
+    os.environ.setdefault("MPLCONFIGDIR", str(folder))  # matplotlib's cache of fonts
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder / "torch"))
     _provide_fonts(folder)
     with quiet():
         from ultralytics import settings
@@ -45,15 +46,15 @@ def isolate() -> None:
 def quiet() -> Iterator[None]:
     """Within it Ultralytics logs warnings and progress bars, but no information."""
     logger = logging.getLogger("ultralytics")
-    logger.addFilter(_is_warning)  # a filter, as setting up its logger resets the level
+
+    def is_warning(record: logging.LogRecord) -> bool:
+        return record.levelno >= logging.WARNING
+
+    logger.addFilter(is_warning)  # not the level, which Ultralytics sets when it is imported
     try:
         yield
     finally:
-        logger.removeFilter(_is_warning)
-
-
-def _is_warning(record: logging.LogRecord) -> bool:
-    return record.levelno >= logging.WARNING
+        logger.removeFilter(is_warning)
 
 
 def _remove(folder: Path, owner: int) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from pipeline.data import augment
 from pipeline.data.dataset import Dataset, Sample
 from pipeline.data.files import write_text
 from pipeline.models.ultralytics_settings import isolate, quiet
@@ -113,7 +114,7 @@ class CocoTruthDataset(YOLODataset):
             transforms = super().build_transforms(hyp)
         for transform in transforms.transforms:
             if isinstance(transform, Albumentations) and transform.transform is not None:
-                transform.transform.set_random_seed(hyp.seed)  # it has a generator of its own
+                augment.seed(transform.transform, np.random.default_rng(hyp.seed))
         return transforms
 
     def get_img_files(self, img_path: Any) -> list[str]:

@@ -78,7 +78,7 @@ def load_model(source: str, *, offline: bool = False) -> WorldModel:
         raise UserError(f"{path}: expected an Ultralytics checkpoint, found {found}") from error
     if isinstance(model, WorldModel):
         return model
-    if type(model) is DetectionModel and re.fullmatch(r"yolov8[nsmlx]?\.yaml", _yaml_name(model)):
+    if type(model) is DetectionModel and _is_yolov8(model):
         return from_yolov8(model)
     raise UserError(
         f"{path}: expected a YOLO-World or YOLOv8 detector, found {type(model).__name__} "
@@ -93,8 +93,7 @@ def from_yolov8(detector: DetectionModel) -> WorldModel:
     input to its last convolution, the text attention; that input starts at zero weight, so neck and
     boxes equal those of YOLOv8. Class embeddings have no counterpart and start at random.
     """
-    scale = SCALES[detector.model[0].conv.out_channels]  # old checkpoints do not name it
-    world = WorldModel(f"yolov8{scale}-worldv2.yaml", nc=BUILT_FOR, verbose=False)
+    world = WorldModel(f"yolov8{_scale(detector)}-worldv2.yaml", nc=BUILT_FOR, verbose=False)
     own, given = world.state_dict(), detector.float().state_dict()
     copied = {k: v for k, v in given.items() if k in own and own[k].shape == v.shape}
     for index, block in enumerate(world.model):
@@ -104,6 +103,23 @@ def from_yolov8(detector: DetectionModel) -> WorldModel:
             copied[key][:, : given[key].shape[1]] = given[key]
     world.load_state_dict(copied, strict=False)
     return _expect_few(world)
+
+
+def _is_yolov8(detector: DetectionModel) -> bool:
+    """Whether a detector has the layers of a plain YOLOv8. Old checkpoints do not name it."""
+    scale = _scale(detector)
+    if scale is None:
+        return False
+    plain = DetectionModel(f"yolov8{scale}.yaml", nc=detector.model[-1].nc, verbose=False)
+    found, expected = (
+        {k: v.shape for k, v in model.state_dict().items()} for model in (detector, plain)
+    )
+    return found == expected
+
+
+def _scale(detector: DetectionModel) -> str | None:
+    first = detector.state_dict().get("model.0.conv.weight", torch.empty(0))
+    return SCALES.get(len(first))
 
 
 def _expect_few(world: WorldModel) -> WorldModel:
@@ -240,5 +256,5 @@ def _read_safetensors(path: Path) -> WorldModel:
     return model
 
 
-def _yaml_name(model: DetectionModel) -> str:
-    return Path(str(model.yaml.get("yaml_file", "unknown"))).name
+def _yaml_name(model: nn.Module) -> str:
+    return Path(str(getattr(model, "yaml", {}).get("yaml_file", "unknown"))).name

@@ -124,8 +124,14 @@ def fit(
                 losses.append(loss.item())
                 text = f"epoch {epoch}/{config.epochs} loss {np.mean(losses):.3f}"
                 progress.update(bar, advance=1, description=text)
+            mean_loss = float(np.mean(losses))
+            if not math.isfinite(mean_loss):
+                raise UserError(
+                    f"--lr: expected a lower one than {config.lr:g}, found that the loss is not "
+                    f"finite in epoch {epoch}"
+                )
             val_iou = mean_iou(loaded, val, config.zoom)
-            rows.append({"epoch": epoch, "train_loss": float(np.mean(losses)), "val_iou": val_iou})
+            rows.append({"epoch": epoch, "train_loss": mean_loss, "val_iou": val_iou})
             if _since_best(rows) == 0:
                 sams.save_sam(config.out / BEST, sam, loaded.architecture, config.zoom)
             training.write_results(config.out / "results.csv", rows)

@@ -40,12 +40,12 @@ def run(config: FinetuneYoloConfig) -> None:
     else:
         texts = _texts(config, dataset.classes)
         embeddings, kind = _prompt_embeddings(config, texts)
+        torch.manual_seed(config.seed)  # what a starting point lacks begins at random
         model = yolo_world.load_model(config.model, offline=config.offline)
         model = yolo_world.set_prompts(model, dataset.classes, embeddings, config.seed)
         record.claim(config.out, config.force)
         record.write_config(config.out, COMMAND, config)
-        best.unlink(missing_ok=True)
-        last.unlink(missing_ok=True)
+        best.unlink(missing_ok=True)  # of an earlier run
         print(f"prompts: {kind}")
         prompts = {"embeddings": kind, "texts": dict(zip(dataset.classes, texts, strict=True))}
         write_text(config.out / "prompts.yaml", yaml.safe_dump(prompts, sort_keys=False))
@@ -65,10 +65,10 @@ def _check_resumable(config: FinetuneYoloConfig, last: Path) -> None:
     """Raises `UserError` if there is nothing to go on from, or something of other options."""
     if not last.is_file():
         raise UserError(f"--resume: expected a checkpoint at {last}, found none")
-    if not record.was_begun(COMMAND, config):
+    if not record.can_resume(COMMAND, config):
         raise UserError(
-            f"--resume: expected the options and data that {config.out} was begun with, found "
-            "others, or a finished run"
+            f"--resume: expected the options and data that {config.out} was begun with, "
+            "found others, or a finished run"
         )
 
 

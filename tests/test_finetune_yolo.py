@@ -1,0 +1,664 @@
+"""`pipeline finetune-yolo`: small real trainings, watched from outside."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+import types
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+import torch
+import yaml
+from mvtec_tree import write, write_tree
+
+from pipeline import record
+from pipeline.config import ConvertConfig, FinetuneYoloConfig
+from pipeline.data.augment import vary_light
+from pipeline.data.dataset import Dataset
+from pipeline.data.files import read_json
+from pipeline.errors import UserError
+from pipeline.models import text, yolo_world
+from pipeline.models.yolo_trainer import PromptTrainer
+from pipeline.stages import convert, finetune_yolo
+
+# Ultralytics is imported after our modules, which keep it to themselves.
+from ultralytics.engine import trainer as ultralytics_trainer  # isort: skip
+
+CLASSES = ("bright_spot", "dark_spot")
+SIDE = 64  # of what the network sees; the images are 64 x 48
+SCRATCH = "yolov8n-worldv2.yaml"
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Noise with a rectangle, bright in one class and dark in the other; and without."""
+    root = tmp_path_factory.mktemp("dataset")
+    rng = np.random.default_rng(0)
+    for cls, level in (("good", None), ("bright_spot", 250), ("dark_spot", 5)):
+        for i in range(8):
+            picture = rng.integers(115, 125, (48, 64, 3), np.uint8)
+            mask = np.zeros((48, 64), np.uint8)
+            if level is not None:
+                x, y, width, height = rng.integers((6, 6, 12, 10), (34, 26, 24, 16))
+                for canvas, value in ((picture, level), (mask, 255)):
+                    canvas[y : y + height, x : x + width] = value
+                write(root / "spots" / "ground_truth" / cls / f"{i:03}_mask.png", mask)
+            folder = "train/good" if level is None else f"test/{cls}"
+            write(root / "spots" / folder / f"{i:03}.png", picture)
+    return converted(root / "spots", root / "converted", (0.5, 0.25, 0.25))
+
+
+def converted(source: Path, out: Path, fractions: tuple[float, float, float]) -> Path:
+    given = {"source": source, "out": out, "fractions": fractions}
+    convert.run(ConvertConfig.model_validate(given))
+    return out
+
+
+def options(dataset: Path, out: Path, **changes: Any) -> dict[str, Any]:
+    given = {
+        "data": str(dataset),
+        "out": str(out),
+        "model": SCRATCH,
+        "text": "learned",
+        "epochs": 3,
+        "patience": 9,
+        "batch": 4,
+        "image_size": SIDE,
+        "device": "cpu",
+        "offline": True,
+    }
+    return given | changes
+
+
+def config(dataset: Path, out: Path, **changes: Any) -> FinetuneYoloConfig:
+    return FinetuneYoloConfig.model_validate(options(dataset, out, **changes))
+
+
+def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
+    return {
+        str(path.relative_to(folder)): (path.stat().st_mtime_ns, path.stat().st_size)
+        for path in folder.rglob("*")
+    }
+
+
+def epochs_in(results: Path) -> list[int]:
+    with results.open(newline="") as file:
+        return [int(row["epoch"]) for row in csv.DictReader(file)]
+
+
+def tensors(path: Path) -> dict[str, torch.Tensor]:
+    model = torch.load(path, weights_only=False)["model"]
+    return {**model.state_dict(), "txt_feats": model.txt_feats}
+
+
+def equal(a: Path, b: Path) -> bool:
+    first, second = tensors(a), tensors(b)
+    return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
+
+
+# ---------------------------------------------------------------- one whole training, from outside
+
+# Notes every connection, started process and file opened for writing; refuses connections.
+WATCHED = """
+import json, os, sys
+seen = []
+def watch(event, args):
+    if event in ("socket.connect", "socket.getaddrinfo", "socket.sendto"):
+        seen.append([event, repr(args[1:])])
+        raise OSError("no network")
+    if event in ("subprocess.Popen", "os.system", "os.posix_spawn", "os.exec"):
+        seen.append([event, repr(args)])
+    if event == "open" and isinstance(args[0], (str, bytes)) and (
+        any(c in (args[1] or "") for c in "wax+") or (args[2] or 0) & (os.O_WRONLY | os.O_RDWR)
+    ):
+        seen.append([event, os.path.abspath(os.fsdecode(args[0]))])
+sys.addaudithook(watch)
+from pipeline.cli import main
+main(["finetune-yolo", "--config", sys.argv[1]])
+report = json.dumps(seen)
+with open(sys.argv[2], "w") as file:
+    file.write(report)
+"""
+
+
+class Finished:
+    """A run of three epochs in a process of its own, with a home of its own."""
+
+    def __init__(self, folder: Path, dataset: Path) -> None:
+        self.out = folder / "out"
+        self.dataset = dataset
+        self.home, self.here, self.temporary = (folder / name for name in ("home", "here", "tmp"))
+        for place in (self.home, self.here, self.temporary):
+            place.mkdir()
+        yaml_file, seen = folder / "config.yaml", folder / "seen.json"
+        yaml_file.write_text(yaml.safe_dump(options(dataset, self.out)))
+        private = ("YOLO", "XDG", "PIPELINE", "MPL", "ULTRALYTICS", "TORCH", "PYTEST")
+        environment = {k: v for k, v in os.environ.items() if not k.startswith(private)}
+        environment |= {"HOME": str(self.home), "TMPDIR": str(self.temporary)}
+        environment |= {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+        self.dataset_before = snapshot(dataset)
+        done = subprocess.run(
+            [sys.executable, "-c", WATCHED, str(yaml_file), str(seen)],
+            cwd=self.here, env=environment, capture_output=True, text=True, timeout=100,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr
+        self.log = done.stdout + done.stderr
+        self.seen: list[tuple[str, str]] = [tuple(pair) for pair in json.loads(seen.read_text())]
+        self.best, self.last = (self.out / "weights" / name for name in ("best.pt", "last.pt"))
+
+
+@pytest.fixture(scope="module")
+def finished(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    return Finished(tmp_path_factory.mktemp("finished"), dataset)
+
+
+def test_output(finished: Finished) -> None:
+    assert {path.name for path in (finished.out / "weights").iterdir()} == {"best.pt", "last.pt"}
+    assert epochs_in(finished.out / "results.csv") == [1, 2, 3]
+    for name in ("results.png", "BoxPR_curve.png", "confusion_matrix.png", "train_batch0.jpg"):
+        assert cv2.imread(str(finished.out / name)) is not None, name
+    written = yaml.safe_load((finished.out / "config.yaml").read_text())
+    assert {key: written[key] for key in options(finished.dataset, finished.out)} == options(
+        finished.dataset, finished.out
+    )
+    assert read_json(finished.out / "run.json")["command"] == "finetune-yolo"
+    assert not list(finished.out.rglob(".*"))
+
+
+def test_prompts_are_printed_and_recorded(finished: Finished) -> None:
+    assert "prompts: learned\n" in finished.log
+    assert yaml.safe_load((finished.out / "prompts.yaml").read_text()) == {
+        "embeddings": "learned",
+        "texts": {"bright_spot": "bright spot", "dark_spot": "dark spot"},
+    }
+
+
+def test_log_tells_the_progress_and_no_more(finished: Finished) -> None:
+    assert all(f"{epoch}/3" in finished.log for epoch in (1, 2, 3))
+    noise = ("Settings", "agnostic_nms", "requires_grad", "WARNING", "albumentations", "AdamW")
+    assert [word for word in noise if word in finished.log] == []
+    assert finished.log.count("\n") < 60  # also of what bars leave in a file
+
+
+def test_no_connection_and_no_installation(finished: Finished) -> None:
+    assert [s for s in finished.seen if s[0].startswith("socket")] == []
+    started = [what for event, what in finished.seen if event not in ("open", "socket.connect")]
+    assert [what for what in started if "'pip'" in what or "install" in what] == []
+
+
+def test_nothing_is_written_elsewhere(finished: Finished) -> None:
+    places = (str(finished.out), str(finished.temporary), "/dev/", "/proc/")
+    assert [path for event, path in finished.seen if event == "open"]  # the hook works
+    assert [p for event, p in finished.seen if event == "open" and not p.startswith(places)] == []
+    assert snapshot(finished.dataset) == finished.dataset_before
+    assert [snapshot(p) for p in (finished.home, finished.here, finished.temporary)] == [{}] * 3
+
+
+# Loads a checkpoint as anyone would who has Ultralytics and not this package.
+FOREIGN = """
+import json, socket, sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "pipeline":
+            raise ModuleNotFoundError(name)
+def refuse(*arguments):
+    raise OSError("no network")
+sys.meta_path.insert(0, Absent())
+socket.socket.connect = refuse
+from ultralytics import YOLOWorld
+from ultralytics.nn.tasks import WorldModel
+detector = YOLOWorld(sys.argv[1])
+assert type(detector.model) is WorldModel
+found = detector.predict(
+    sys.argv[2], conf=float(sys.argv[3]), iou=float(sys.argv[4]), max_det=9, imgsz=int(sys.argv[5]),
+    device="cpu", verbose=False,
+)[0]
+assert "pipeline" not in sys.modules
+print(json.dumps([found.names, found.boxes.data.tolist()]))
+"""
+
+
+def test_best_is_a_plain_checkpoint(finished: Finished, tmp_path: Path) -> None:
+    sample = Dataset(finished.dataset).split("test")[0]
+    scene = cv2.resize(sample.image(), (150, 100))  # to be scaled and padded
+    cv2.imwrite(str(tmp_path / "scene.png"), scene)
+    detector = yolo_world.Detector(
+        yolo_world.load_model(str(finished.best)), None, torch.device("cpu")
+    )
+    assert detector.image_size == SIDE
+    found = detector.detect(scene, min_score=1e-9, max_boxes=9)
+    assert len(found) > 2
+    arguments = [finished.best, tmp_path / "scene.png", 1e-9, yolo_world.NMS_IOU, SIDE]
+    done = subprocess.run(
+        [sys.executable, "-c", FOREIGN, *map(str, arguments)],
+        cwd=tmp_path, capture_output=True, text=True, timeout=100,
+        env={**os.environ, "YOLO_CONFIG_DIR": str(tmp_path), "YOLO_OFFLINE": "1",
+             "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    names, boxes = json.loads(done.stdout.splitlines()[-1])
+    assert names == {"0": "bright_spot", "1": "dark_spot"}
+    assert found.confidence is not None and found.class_id is not None
+    ours = np.column_stack([found.xyxy, found.confidence, found.class_id])
+    np.testing.assert_allclose(ours, boxes, rtol=1e-4, atol=0.01)
+
+
+def test_prompts_were_trained(finished: Finished) -> None:
+    start = yolo_world.set_prompts(yolo_world.load_model(SCRATCH), CLASSES, None, seed=0)
+    assert tensors(finished.last)["txt_feats"].shape == (1, 2, 512)
+    assert (tensors(finished.last)["txt_feats"].float() - start.txt_feats).abs().max() > 1e-4
+
+
+@pytest.fixture
+def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They take most of the time of these small trainings."""
+
+    def trainer(overrides: dict[str, Any]) -> PromptTrainer:
+        return PromptTrainer(overrides=overrides | {"plots": False})
+
+    monkeypatch.setattr(finetune_yolo, "PromptTrainer", trainer)
+
+
+@pytest.mark.usefixtures("no_plots")
+def test_same_seed_same_weights(finished: Finished, tmp_path: Path) -> None:
+    finetune_yolo.run(config(finished.dataset, tmp_path / "same"))
+    assert equal(tmp_path / "same" / "weights" / "last.pt", finished.last)
+    assert equal(tmp_path / "same" / "weights" / "best.pt", finished.best)
+
+
+@pytest.mark.usefixtures("no_plots")
+def test_another_seed_is_another_training(finished: Finished, tmp_path: Path) -> None:
+    """And one that starts from a trained checkpoint, without augmentation, without warnings."""
+    out = tmp_path / "other"
+    changes = {"model": str(finished.best), "seed": 1, "epochs": 1, "augment": False}
+    finetune_yolo.run(config(finished.dataset, out, **changes))
+    assert epochs_in(out / "results.csv") == [1]
+    assert not equal(out / "weights" / "last.pt", finished.last)
+
+
+# ---------------------------------------------------------------- interrupted and resumed
+
+
+class Killed(BaseException):
+    """Stands for a kill: nothing catches it."""
+
+
+def dies(function: Callable[..., Any], *, at: int, after: bool = False) -> Callable[..., Any]:
+    """The function, which dies before (or after) its work when it is called for the n-th time."""
+    calls = 0
+
+    def dying(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == at and not after:
+            raise Killed
+        result = function(*args, **kwargs)
+        if calls == at:
+            raise Killed
+        return result
+
+    return dying
+
+
+@pytest.mark.usefixtures("no_plots")
+@pytest.mark.parametrize(
+    ("owner", "name", "at", "after", "same_weights"),
+    [
+        (PromptTrainer, "save_model", 1, True, False),  # between two epochs
+        (PromptTrainer, "save_model", 2, False, False),  # in the log, but not saved
+        (PromptTrainer, "final_eval", 1, False, True),  # trained, but not finished
+        (yolo_world, "finish_checkpoint", 2, False, True),  # best.pt finished, last.pt not
+    ],
+)
+def test_resume_after_a_kill(
+    finished: Finished,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    owner: Any,
+    name: str,
+    at: int,
+    after: bool,
+    same_weights: bool,
+) -> None:
+    out = tmp_path / "out"
+    with monkeypatch.context() as context, pytest.raises(Killed):
+        context.setattr(owner, name, dies(getattr(owner, name), at=at, after=after))
+        finetune_yolo.run(config(finished.dataset, out))
+    assert (out / "weights" / "last.pt").is_file()
+    assert not (out / "run.json").exists()
+    resumed = config(finished.dataset, out, resume=True)
+    assert record.can_resume("finetune-yolo", resumed)
+    finetune_yolo.run(resumed)
+    assert epochs_in(out / "results.csv") == [1, 2, 3]
+    assert {path.name for path in (out / "weights").iterdir()} == {"best.pt", "last.pt"}
+    assert (out / "run.json").is_file()
+    for checkpoint in ("best.pt", "last.pt"):
+        model = torch.load(out / "weights" / checkpoint, weights_only=False)["model"]
+        assert type(model) is yolo_world.WorldModel
+    assert equal(out / "weights" / "last.pt", finished.last) == same_weights
+    assert (out / "results.png").is_file() == same_weights  # others were told to make no plots
+
+
+def test_checkpoints_are_never_half_written(tmp_path: Path) -> None:
+    """Whatever dies while they are written, those of the epoch before stay."""
+    trainer: Any = PromptTrainer.__new__(PromptTrainer)
+    trainer.last, trainer.best = tmp_path / "last.pt", tmp_path / "best.pt"
+    for path in (trainer.last, trainer.best):
+        path.write_bytes(b"whole")
+
+    def half(self: Any) -> None:
+        self.last.write_bytes(b"ha")
+        raise Killed
+
+    with pytest.MonkeyPatch.context() as context, pytest.raises(Killed):
+        context.setattr(ultralytics_trainer.BaseTrainer, "save_model", half)
+        trainer.save_model()
+    assert (tmp_path / "last.pt").read_bytes() == (tmp_path / "best.pt").read_bytes() == b"whole"
+
+
+@pytest.mark.usefixtures("no_plots")
+def test_patience(finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Worse from the first epoch on: three epochs, and the first is the best. Also when resumed."""
+    validate = PromptTrainer.validate
+
+    def ever_worse(self: Any) -> tuple[Any, float]:
+        metrics, _ = validate(self)
+        self.best_fitness = 0.5
+        return metrics, 0.5 / (1 + self.epoch)
+
+    out = tmp_path / "out"
+    monkeypatch.setattr(PromptTrainer, "validate", ever_worse)
+    changes = {"epochs": 30, "patience": 2}
+    with monkeypatch.context() as context, pytest.raises(Killed):
+        context.setattr(yolo_world, "finish_checkpoint", dies(print, at=1))
+        finetune_yolo.run(config(finished.dataset, out, **changes))
+    finetune_yolo.run(config(finished.dataset, out, **changes, resume=True))
+    assert epochs_in(out / "results.csv") == [1, 2, 3]
+    assert not equal(out / "weights" / "best.pt", out / "weights" / "last.pt")
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({}, "found others, or a finished run"),
+        ({"epochs": 4}, "found others, or a finished run"),
+        ({"out": "elsewhere"}, "expected a checkpoint at elsewhere"),
+    ],
+)
+def test_resume_refuses(finished: Finished, changes: dict[str, Any], problem: str) -> None:
+    before = snapshot(finished.out)
+    with pytest.raises(UserError, match=rf"^--resume: .*{problem}"):
+        given = options(finished.dataset, finished.out, resume=True) | changes
+        finetune_yolo.run(FinetuneYoloConfig.model_validate(given))
+    assert snapshot(finished.out) == before
+
+
+# ---------------------------------------------------------------- bad input, prompts
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"prompts": {"scratch": "a"}}, "--prompts: expected a class of bright_spot, dark_spot, "),
+        ({"device": "9"}, "--device: expected auto, cpu, mps or one of "),
+        ({"model": "nothing.pt"}, "nothing.pt: expected a checkpoint file or a known name"),
+        ({"data": "nowhere"}, "nowhere: expected a folder written by `pipeline convert`"),
+        ({"fold": 7}, "instances_fold7_train.json: expected this split"),
+        ({"text": "clip"}, "--text clip: expected the package clip-anytorch"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_bad_input_leaves_nothing_behind(
+    dataset: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    changes: dict[str, Any],
+    problem: str,
+) -> None:
+    monkeypatch.setitem(sys.modules, "clip", None)
+    with pytest.raises(UserError) as raised:
+        finetune_yolo.run(config(dataset, tmp_path / "out", **changes))
+    assert problem in raised.value.problems[0]
+    assert not (tmp_path / "out").exists()
+
+
+def test_every_unknown_prompt_is_named(dataset: Path, tmp_path: Path) -> None:
+    prompts = {"a": "1", "dark_spot": "2", "b": "3"}
+    with pytest.raises(UserError) as raised:
+        finetune_yolo.run(config(dataset, tmp_path, prompts=prompts))
+    assert [problem.split("found ")[1] for problem in raised.value.problems] == ["'a'", "'b'"]
+
+
+class Stop(Exception):
+    """Ends a run where training would begin."""
+
+
+def begin(monkeypatch: pytest.MonkeyPatch, given: FinetuneYoloConfig) -> dict[str, Any]:
+    """Go as far as the training, and return what it would be given."""
+    handed: dict[str, Any] = {}
+
+    def trainer(overrides: dict[str, Any]) -> None:
+        handed.update(overrides)
+        raise Stop
+
+    with monkeypatch.context() as context, pytest.raises(Stop):
+        context.setattr(finetune_yolo, "PromptTrainer", trainer)
+        finetune_yolo.run(given)
+    return handed
+
+
+def test_without_clip_prompts_are_learned_and_it_says_why(
+    dataset: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setitem(sys.modules, "clip", None)
+    begin(monkeypatch, config(dataset, tmp_path, text="auto"))
+    reason = "expected the package clip-anytorch (pip install 'pipeline[clip]'), found none"
+    kind = f"learned (not by CLIP: {reason})"
+    assert f"prompts: {kind}\n" in capsys.readouterr().out
+    assert yaml.safe_load((tmp_path / "prompts.yaml").read_text())["embeddings"] == kind
+    start = yolo_world.load_model(str(tmp_path / "weights" / "start.pt"))
+    assert isinstance(start.txt_feats, torch.nn.Parameter)
+
+
+def test_with_clip_prompts_are_its_embeddings(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    embeddings = torch.randn(2, 512)
+    asked = []
+
+    def clip(texts: list[str], *, offline: bool) -> torch.Tensor:
+        asked.extend(texts)
+        return embeddings
+
+    monkeypatch.setattr(text, "clip_embeddings", clip)
+    given = config(dataset, tmp_path, text="auto", prompts={"dark_spot": "a burnt place"})
+    begin(monkeypatch, given)
+    assert asked == ["bright spot", "a burnt place"]
+    assert yaml.safe_load((tmp_path / "prompts.yaml").read_text()) == {
+        "embeddings": "CLIP ViT-B/32",
+        "texts": {"bright_spot": "bright spot", "dark_spot": "a burnt place"},
+    }
+    start = yolo_world.load_model(str(tmp_path / "weights" / "start.pt"))
+    assert torch.equal(start.txt_feats[0], embeddings)
+    assert not isinstance(start.txt_feats, torch.nn.Parameter)
+
+
+# ---------------------------------------------------------------- what the network is shown
+
+
+def shown(
+    dataset: Path, out: Path, monkeypatch: pytest.MonkeyPatch, mode: str, **changes: Any
+) -> Any:
+    """The data set of the training, as the trainer builds it."""
+    trainer = PromptTrainer(overrides=begin(monkeypatch, config(dataset, out, **changes)))
+    return trainer.build_dataset("", mode, batch=4)
+
+
+def test_labels_are_the_coco_boxes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of awkward images: grey, 16 bit, many formats and shapes, several instances or one pixel."""
+    root = converted(write_tree(tmp_path / "widget"), tmp_path / "data", (0.5, 0.5, 0.0))
+    counts = []
+    for mode in ("train", "val"):
+        coco = read_json(root / "annotations" / f"instances_{mode}.json")
+        dataset = shown(root, tmp_path / mode, monkeypatch, mode, augment=False)
+        assert len(dataset) == len(coco["images"]) > 0
+        for index, entry in enumerate(coco["images"]):
+            label = dataset.labels[index]
+            assert Path(label["im_file"]).name == entry["file_name"]
+            truth = [a for a in coco["annotations"] if a["image_id"] == entry["id"]]
+            size = np.array([entry["width"], entry["height"]] * 2)
+            boxes = label["bboxes"] * size
+            boxes[:, :2] -= boxes[:, 2:] / 2
+            np.testing.assert_allclose(
+                boxes, np.array([a["bbox"] for a in truth]).reshape(-1, 4), atol=1e-4
+            )
+            assert label["cls"].ravel().tolist() == [a["category_id"] - 1 for a in truth]
+            pixels = dataset.load_image(index)[0]
+            picture = Dataset(root).split(mode)[index].image()
+            expected = cv2.resize(picture, pixels.shape[1::-1], interpolation=cv2.INTER_LINEAR)
+            assert np.array_equal(pixels, expected), entry["file_name"]
+            counts.append(len(truth))
+    assert 0 in counts and 1 in counts and 2 in counts
+    assert not list(root.rglob("*.cache"))
+
+
+@pytest.mark.parametrize("mode", ["train", "val"])
+def test_without_augmentation_images_are_only_padded(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    samples = Dataset(dataset).split(mode)
+    for item, sample in zip(
+        shown(dataset, tmp_path, monkeypatch, mode, augment=False), samples, strict=True
+    ):
+        picture = item["img"].numpy()[::-1].transpose(1, 2, 0)  # RGB (3, h, w) to BGR (h, w, 3)
+        assert np.array_equal(picture[8:56], sample.image())
+        assert (picture[:8] == 114).all() and (picture[56:] == 114).all()
+        expected = np.array([a["bbox"] for a in sample.annotations]).reshape(-1, 4)
+        np.testing.assert_allclose(pixel_boxes(item) - [0, 8, 0, 0], expected, atol=1e-3)
+
+
+def pixel_boxes(item: dict[str, Any]) -> np.ndarray:
+    """(n, 4): left, top, width and height."""
+    boxes = item["bboxes"].numpy() * SIDE
+    boxes[:, :2] -= boxes[:, 2:] / 2
+    return boxes
+
+
+def test_augmentation_keeps_boxes_and_classes_in_step(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    items = shown(dataset, tmp_path, monkeypatch, "train")
+    drawn = 0
+    changed = 0
+    for _ in range(15):
+        for item, sample in zip(items, Dataset(dataset).split("train"), strict=True):
+            picture = item["img"].numpy().transpose(1, 2, 0)
+            grey = cv2.medianBlur(picture.mean(2).astype(np.uint8), 3).astype(int)
+            changed += not np.array_equal(picture[8:56, :, ::-1], sample.image())
+            contrast = grey - np.median(grey)
+            for box, cls in zip(pixel_boxes(item), item["cls"].ravel().tolist(), strict=True):
+                if min(box[2:]) < 5:
+                    continue  # a sliver at the border, which the blur may remove
+                spot = (contrast > 30) if cls == 0 else (contrast < -30)
+                _count, components = cv2.connectedComponents(spot.astype(np.uint8))
+                x, y, w, h = box.round().astype(int)
+                inside = components[y : y + h, x : x + w]
+                inside = inside[inside > 0]
+                assert len(inside), "the box holds a spot of its class"
+                rows, columns = np.nonzero(components == np.bincount(inside).argmax())
+                left, top = columns.min(), rows.min()
+                extent = [left, top, columns.max() + 1 - left, rows.max() + 1 - top]
+                assert np.abs(gaps(extent, box)).max() <= 2, (box, extent)
+                drawn += 1
+    assert drawn > 100
+    assert changed > 150  # of 180
+
+
+def gaps(a: Any, b: Any) -> np.ndarray:
+    """Distances between the four sides of two boxes, each left, top, width, height."""
+    (ax, ay, aw, ah), (bx, by, bw, bh) = a, b
+    return np.array([ax - bx, ay - by, ax + aw - bx - bw, ay + ah - by - bh])
+
+
+def test_augmentation_is_seeded(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, again, other = (
+        torch.stack([x["img"] for x in shown(dataset, tmp_path / n, monkeypatch, "train", seed=s)])
+        for n, s in (("a", 0), ("b", 0), ("c", 1))
+    )
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_light_varies_by_the_generator_alone() -> None:
+    picture = np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8)
+    varied = [vary_light(picture, np.random.default_rng(seed)) for seed in range(300)]
+    again = [vary_light(picture, np.random.default_rng(seed)) for seed in range(300)]
+    assert all(np.array_equal(a, b) for a, b in zip(varied, again, strict=True))
+    assert all(v.shape == picture.shape and v.dtype == np.uint8 for v in varied)
+    unchanged = sum(np.array_equal(v, picture) for v in varied)
+    assert 30 < unchanged < 80  # 300 * 0.5 * 0.7 * 0.8**3 = 54, if each is drawn by itself
+
+
+# ---------------------------------------------------------------- several GPUs
+
+
+@pytest.mark.usefixtures("no_plots")
+def test_several_gpus_through_the_script_of_ultralytics(
+    finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The launcher finds the run folder whole, and its script trains, here on one CPU."""
+    ran: list[str] = []
+
+    def launch(command: list[str], check: bool) -> None:
+        assert command[command.index("--nproc_per_node") + 1] == "2"
+        script = Path(command[-1])
+        assert (tmp_path / "out" / "weights" / "start.pt").is_file()
+        on_cpu = script.read_text().replace(
+            "    cfg = DEFAULT", '    state["args"]["device"] = "cpu"\n    cfg = DEFAULT'
+        )
+        assert on_cpu != script.read_text()
+        script.write_text(on_cpu)
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess_run(
+            [sys.executable, str(script)], env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        ran.append(done.stdout)
+
+    subprocess_run = subprocess.run
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: False)
+    monkeypatch.setattr(
+        ultralytics_trainer, "select_device", lambda *_, **__: torch.device("cuda", 0)
+    )
+    monkeypatch.setattr(ultralytics_trainer, "subprocess", types.SimpleNamespace(run=launch))
+    out = tmp_path / "out"
+    finetune_yolo.run(config(finished.dataset, out, device="0,1"))
+    assert len(ran) == 1
+    assert epochs_in(out / "results.csv") == [1, 2, 3]
+    assert equal(out / "weights" / "last.pt", finished.last)
+    assert type(torch.load(out / "weights" / "best.pt", weights_only=False)["model"]) is (
+        yolo_world.WorldModel
+    )
