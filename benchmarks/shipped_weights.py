@@ -1,4 +1,4 @@
-"""Are the weights that ship worth shipping? Fine-tune on MVTec transistor from them and from scratch.
+"""Are the weights that ship worth it? Fine-tune on MVTec transistor from them and from scratch.
 
     python benchmarks/shipped_weights.py --mvtec-root datasets/mvtec_ad
 

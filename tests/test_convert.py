@@ -533,7 +533,7 @@ def test_record_holds_what_reproduces_the_dataset(
     monkeypatch.chdir(tree.parent)
     out = convert(Path("widget"), tmp_path / "out", "--folds", "3", "--seed", "5")
     config = out / "config.yaml"
-    assert config.read_text().startswith("# pipeline convert --config config.yaml\n")
+    assert config.read_text().startswith(f"# pipeline convert --config {config}\n")
     assert read(out / "run.json")["command"] == "convert"
     monkeypatch.chdir(tmp_path)
     again = tmp_path / "again"
