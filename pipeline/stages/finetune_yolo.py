@@ -1,7 +1,7 @@
 """Fine-tune YOLO-World on a dataset.
 
-Output folder: weights/best.pt and weights/last.pt (Ultralytics checkpoints), results.csv, curves,
-config.yaml, run.json.
+Output folder: weights/best.pt and weights/last.pt (Ultralytics checkpoints), best.safetensors (the
+best without pickles, in half precision), results.csv, curves, config.yaml, run.json.
 """
 
 from __future__ import annotations
@@ -54,8 +54,9 @@ def run(config: FinetuneYoloConfig) -> None:
         plot_curves(config.out / "results.csv")  # it may have been killed before that
     else:
         PromptTrainer(overrides=_training_options(config, dataset, device)).train()
-    for path in (best, last):
-        yolo_world.finish_checkpoint(path)
+    yolo_world.finish_checkpoint(last)
+    model = yolo_world.finish_checkpoint(best)
+    yolo_world.save_safetensors(model, best.with_suffix(".safetensors"), config.image_size)
     start.unlink(missing_ok=True)
     record.write_record(config.out, COMMAND, config)
     print(f"detector: {best}")
