@@ -254,6 +254,9 @@ class EvaluateConfig(StageConfig):
     threshold: Fraction | None = Field(
         None, description="score from which a box counts (default: the best on the val split)"
     )
+    published: bool = Field(
+        True, description="show the published rows of the study, if it had the same classes"
+    )
     resamples: int = Field(
         1000, ge=0, description="bootstrap resamples for the intervals (0: none)"
     )

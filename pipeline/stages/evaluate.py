@@ -107,6 +107,7 @@ def run(config: EvaluateConfig) -> None:
     measured = _measure(
         dataset.classes, samples, predictions, true_boxes, classifiers, threshold["value"]
     )
+    shows_published = config.published and set(dataset.classes) == PUBLISHED_CLASSES
     values: dict[str, Any] = {
         "split": config.split,
         "fold": config.fold,
@@ -114,7 +115,7 @@ def run(config: EvaluateConfig) -> None:
         **evaluation.figures(measured),
         "resamples": config.resamples,
         "intervals": evaluation.intervals(measured, config.resamples, config.seed),
-        "published": PUBLISHED if set(dataset.classes) == PUBLISHED_CLASSES else None,
+        "published": PUBLISHED if shows_published else None,
     }
     values["image_decision"]["majority"]["class"] = (GOOD, *dataset.classes)[
         measured.decisions["majority"][0]

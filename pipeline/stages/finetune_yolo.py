@@ -54,8 +54,8 @@ def run(config: FinetuneYoloConfig) -> None:
         plot_curves(config.out / "results.csv")  # it may have been killed before that
     else:
         PromptTrainer(overrides=_training_options(config, dataset, device)).train()
-    yolo_world.finish_checkpoint(last)
     model = yolo_world.finish_checkpoint(best)
+    yolo_world.finish_checkpoint(last)
     yolo_world.save_safetensors(model, best.with_suffix(".safetensors"), config.image_size)
     start.unlink(missing_ok=True)
     record.write_record(config.out, COMMAND, config)
