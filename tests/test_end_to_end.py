@@ -11,12 +11,21 @@ from pipeline import cli
 from pipeline.data.video import probe
 
 ROOT = Path(__file__).parent.parent
-TINY = (
-    "synth.size=96 synth.train_good=4 synth.test_good=4 synth.per_defect=4 "
-    "finetune_yolo.image_size=96 finetune_yolo.epochs=1 finetune_yolo.batch=8 "
-    "finetune_sam.epochs=1 finetune_sam.repeats=1 segment.max_boxes=2 evaluate.resamples=10 "
-    "overlay.height=96 overlay.seconds_per_image=0.1"
-).split()
+TINY = [
+    "synth.size=96",
+    "synth.train_good=4",
+    "synth.test_good=4",
+    "synth.per_defect=4",
+    "finetune_yolo.image_size=96",
+    "finetune_yolo.epochs=1",
+    "finetune_yolo.batch=8",
+    "finetune_sam.epochs=1",
+    "finetune_sam.repeats=1",
+    "segment.max_boxes=2",
+    "evaluate.resamples=10",
+    "overlay.height=96",
+    "overlay.seconds_per_image=0.1",
+]
 
 
 @pytest.mark.timeout(180)

@@ -168,8 +168,18 @@ def finished(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Finishe
     return Finished(tmp_path_factory.mktemp("finished"), dataset)
 
 
+WEIGHTS = {"best.pt", "best.safetensors", "last.pt"}
+
+
+def test_safetensors_hold_the_best_model(finished: Finished) -> None:
+    best = yolo_world.load_model(str(finished.best)).state_dict()
+    copy = yolo_world.load_model(str(finished.best.with_suffix(".safetensors"))).state_dict()
+    assert best.keys() == copy.keys()
+    assert all(torch.allclose(best[key].float(), copy[key].float(), atol=1e-3) for key in best)
+
+
 def test_output(finished: Finished) -> None:
-    assert {path.name for path in (finished.out / "weights").iterdir()} == {"best.pt", "last.pt"}
+    assert {path.name for path in (finished.out / "weights").iterdir()} == WEIGHTS
     assert epochs_in(finished.out / "results.csv") == [1, 2, 3]
     for name in ("results.png", "BoxPR_curve.png", "confusion_matrix.png", "train_batch0.jpg"):
         assert cv2.imread(str(finished.out / name)) is not None, name
@@ -346,7 +356,7 @@ def test_resume_after_a_kill(
     assert record.can_resume("finetune-yolo", resumed)
     finetune_yolo.run(resumed)
     assert epochs_in(out / "results.csv") == [1, 2, 3]
-    assert {path.name for path in (out / "weights").iterdir()} == {"best.pt", "last.pt"}
+    assert {path.name for path in (out / "weights").iterdir()} == WEIGHTS
     assert (out / "run.json").is_file()
     for checkpoint in ("best.pt", "last.pt"):
         model = torch.load(out / "weights" / checkpoint, weights_only=False)["model"]

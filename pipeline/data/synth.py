@@ -13,11 +13,13 @@ import shutil
 import signal
 import tempfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
+from threading import current_thread, main_thread
 
 import cv2
 import numpy as np
@@ -52,6 +54,8 @@ COPPER = (98.0, 116.0, 165.0)  # BGR of the bare strip in full light
 LEAD_EXIT = 0.56  # where the outer leads leave the case, in half widths from its middle
 CHECK_SIZE = 128  # pixels, for judging whether a defect is visible
 CRUMB = 2e-4  # share of the picture below which a stray piece of a mask is dropped
+_Job = tuple[Path, str, int, int, int]  # what `_write` takes
+
 POOL_FROM = 64  # images from which starting worker processes pays
 
 
@@ -450,11 +454,6 @@ def _nothing() -> None:
     """Default progress callback."""
 
 
-def _prepare_worker() -> None:
-    cv2.setNumThreads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent answers Ctrl-C
-
-
 def render_dataset(
     out: Path,
     *,
@@ -484,25 +483,45 @@ def render_dataset(
         for defect in DEFECTS:
             (root / "ground_truth" / defect).mkdir(parents=True)
         jobs = [(root, f, i, size, seed) for f, n in counts.items() for i in range(n)]
-        workers = os.cpu_count() or 1
-        if len(jobs) < POOL_FROM or workers == 1:
+        if len(jobs) < POOL_FROM:
             for job in jobs:
                 _write(*job)
                 on_image()
         else:
-            spawn = get_context("spawn")
-            with ProcessPoolExecutor(workers, spawn, _prepare_worker) as pool:
-                try:
-                    for _ in pool.map(_write, *zip(*jobs, strict=True), chunksize=8):
-                        on_image()
-                except BaseException:  # or the pool would render all that is left
-                    pool.shutdown(cancel_futures=True)
-                    raise
+            _write_in_processes(jobs, on_image)
         root.chmod(0o755)  # mkdtemp makes it private
         root.rename(out)
     except BaseException:
         shutil.rmtree(root, ignore_errors=True)
         raise
+
+
+def _write_in_processes(jobs: list[_Job], on_image: Callable[[], None]) -> None:
+    """Runs `_write` for every job on all cores. Interrupted, it stops at once."""
+    others = set(active_children())
+    with ProcessPoolExecutor(os.cpu_count(), get_context("spawn"), cv2.setNumThreads, (1,)) as pool:
+        try:
+            with _interrupts_ignored():  # processes inherit that: only this one answers Ctrl-C
+                done = pool.map(_write, *zip(*jobs, strict=True), chunksize=8)
+            for _ in done:
+                on_image()
+        except BaseException:  # or the pool would render all that is left
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in set(active_children()) - others:
+                process.terminate()
+            raise
+
+
+@contextmanager
+def _interrupts_ignored() -> Iterator[None]:
+    if current_thread() is not main_thread():  # which alone may change what signals do
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _write(root: Path, folder: str, index: int, size: int, seed: int) -> None:
