@@ -2,7 +2,7 @@
 
 Every stage writes `config.yaml` and `begun.json` into its output folder when it begins. At its
 end `run.json` takes the place of `begun.json`, so a folder that has it is complete. A video
-`review.mp4` has one file beside it, `review.mp4.json`.
+`review.mp4` has one file beside it, `review.mp4.json`, which holds the options too.
 """
 
 from __future__ import annotations
@@ -70,12 +70,16 @@ def record_path(out: Path) -> Path:
 def write_record(out: Path, command: str, config: StageConfig) -> None:
     """Mark `out` as complete, with what it was made from."""
     record = record_path(out)
+    options: dict[str, Any] = {}
     if record.parent == out:
         _write_options(out, command, config)
+    else:  # a video has no folder of its own for a config.yaml
+        options["options"] = config.model_dump(mode="json")
     write_json(
         record,
         {
             "command": command,
+            **options,
             "signature": signature(command, config),
             "inputs": inputs_of(config),
             **versions(),

@@ -208,7 +208,9 @@ def test_nothing_to_show(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     overlay.run(configured(tmp_path, out, only="errors", force=True))
     assert capsys.readouterr().out.splitlines()[-1] == "no errors: no video written"
     assert not out.exists()
-    assert read_json(tmp_path / "a.mp4.json")["command"] == "overlay"
+    written = read_json(tmp_path / "a.mp4.json")
+    assert written["command"] == "overlay"
+    assert written["options"]["out"] == str(tmp_path / "a.mp4")
 
 
 def test_an_existing_video_is_kept_or_replaced(root: Path, tmp_path: Path) -> None:

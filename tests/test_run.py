@@ -112,7 +112,7 @@ def tree(root: Path) -> list[tuple[str, str]]:
     return [
         (str(p.relative_to(root)), p.read_text())
         for p in files
-        if p.name not in ("run.json", "config.yaml", "begun.json", "last.pt")
+        if p.name not in ("run.json", "config.yaml", "begun.json", "last.pt", "review.mp4.json")
     ]
 
 
