@@ -69,7 +69,7 @@ def record_path(out: Path) -> Path:
 
 def write_record(out: Path, command: str, config: StageConfig) -> None:
     """Mark `out` as complete, with what it was made from."""
-    record = record_path(out)
+    record, inputs = record_path(out), inputs_of(config)
     options: dict[str, Any] = {}
     if record.parent == out:
         _write_options(out, command, config)
@@ -80,8 +80,8 @@ def write_record(out: Path, command: str, config: StageConfig) -> None:
         {
             "command": command,
             **options,
-            "signature": signature(command, config),
-            "inputs": inputs_of(config),
+            "signature": _sign(command, config, inputs),
+            "inputs": inputs,
             **versions(),
         },
     )
@@ -122,7 +122,10 @@ def _fingerprint_of(item: Path | str) -> str | None:
 
 def signature(command: str, config: Config) -> str:
     """One hash of everything a stage's result depends on; where it goes to does not count."""
-    inputs = inputs_of(config)
+    return _sign(command, config, inputs_of(config))
+
+
+def _sign(command: str, config: Config, inputs: dict[str, str]) -> str:
     options = config.model_dump(
         mode="json", exclude={"out", "force", "resume", "device", "offline"}
     )

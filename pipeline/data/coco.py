@@ -45,13 +45,6 @@ def yolo_label(box: Box, width: int, height: int) -> tuple[float, float, float, 
     return (x1 + x2) / 2 / width, (y1 + y2) / 2 / height, (x2 - x1) / width, (y2 - y1) / height
 
 
-def pixel_box(label: Sequence[float], width: int, height: int) -> Box:
-    """The inverse of `yolo_label`, rounded to whole pixels."""
-    x, y, w, h = label
-    x1, y1 = round((x - w / 2) * width), round((y - h / 2) * height)
-    return x1, y1, x1 + round(w * width), y1 + round(h * height)
-
-
 def write_truth(folder: Path, items: Sequence[Item], classes: Sequence[str]) -> dict[str, Any]:
     """Write a YOLO label file per image and `annotations/instances.json`; returns the latter.
 

@@ -172,7 +172,7 @@ def _label(name: str, scores: Mapping[str, Any]) -> str:
 
 
 def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3f}"  # noqa: RUF001
+    return "–" if value is None else f"{value:.3f}"
 
 
 def _interval(metrics: Metrics, key: str) -> str:

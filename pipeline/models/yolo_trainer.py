@@ -14,17 +14,18 @@ import numpy as np
 import torch
 
 from pipeline.data import augment
+from pipeline.data.coco import yolo_label
 from pipeline.data.dataset import Dataset, Sample
 from pipeline.data.files import write_text
 from pipeline.models.ultralytics_settings import isolate, quiet
 
 isolate()
 
-from ultralytics.data.augment import Albumentations  # noqa: E402
-from ultralytics.data.dataset import YOLODataset  # noqa: E402
-from ultralytics.models.yolo.detect import DetectionTrainer  # noqa: E402
-from ultralytics.utils import RANK  # noqa: E402
-from ultralytics.utils.plotting import plot_results  # noqa: E402
+from ultralytics.data.augment import Albumentations
+from ultralytics.data.dataset import YOLODataset
+from ultralytics.models.yolo.detect import DetectionTrainer
+from ultralytics.utils import RANK
+from ultralytics.utils.plotting import plot_results
 
 
 class PromptTrainer(DetectionTrainer):
@@ -126,14 +127,16 @@ class CocoTruthDataset(YOLODataset):
 
 def _label(sample: Sample) -> dict[str, Any]:
     """Ultralytics' label of one image: class (n, 1); centre and size (n, 4), parts of the image."""
-    boxes = np.array([a["bbox"] for a in sample.annotations], np.float32).reshape(-1, 4)
-    boxes[:, :2] += boxes[:, 2:] / 2
+    boxes = [
+        yolo_label((x, y, x + width, y + height), sample.width, sample.height)
+        for x, y, width, height in (annotation["bbox"] for annotation in sample.annotations)
+    ]
     classes = np.array([a["category_id"] - 1 for a in sample.annotations], np.float32)
     return {
         "im_file": str(sample.path),
         "shape": (sample.height, sample.width),
         "cls": classes.reshape(-1, 1),
-        "bboxes": boxes / np.array([sample.width, sample.height] * 2, np.float32),
+        "bboxes": np.array(boxes, np.float32).reshape(-1, 4),
         "segments": [],
         "keypoints": None,
         "normalized": True,

@@ -27,12 +27,12 @@ from pipeline.models.ultralytics_settings import isolate, quiet
 
 isolate()
 
-from ultralytics.data.augment import LetterBox  # noqa: E402
-from ultralytics.nn.modules import C2fAttn  # noqa: E402
-from ultralytics.nn.tasks import DetectionModel, WorldModel, load_checkpoint  # noqa: E402
-from ultralytics.utils.nms import non_max_suppression  # noqa: E402
-from ultralytics.utils.ops import scale_boxes  # noqa: E402
-from ultralytics.utils.torch_utils import strip_optimizer  # noqa: E402
+from ultralytics.data.augment import LetterBox
+from ultralytics.nn.modules import C2fAttn
+from ultralytics.nn.tasks import DetectionModel, WorldModel, load_checkpoint
+from ultralytics.utils.nms import non_max_suppression
+from ultralytics.utils.ops import scale_boxes
+from ultralytics.utils.torch_utils import strip_optimizer
 
 SCRATCH = re.compile(r"yolov8[nsmlx]-worldv2\.yaml")
 EMBEDDING = 512  # length of a prompt embedding, that of CLIP ViT-B/32
@@ -140,15 +140,13 @@ def set_prompts(
     """
     known = dict(zip(model.names.values(), range(len(model.names)), strict=True))
     trained = model.txt_feats.shape[1] == len(known) and all(name in known for name in classes)
+    learned = embeddings is None
     if embeddings is None and trained:
-        embeddings = model.txt_feats[0, [known[name] for name in classes]].detach().float()
-        learned = True
+        embeddings = model.txt_feats[0, [known[name] for name in classes]].float()
     elif embeddings is None:
         generator = torch.Generator().manual_seed(seed)
         basis = torch.randn(EMBEDDING, len(classes), generator=generator)
-        embeddings, learned = torch.linalg.qr(basis).Q.T.contiguous(), True
-    else:
-        learned = False
+        embeddings = torch.linalg.qr(basis).Q.T
     model.__class__ = PromptedWorldModel
     del model.txt_feats
     features = embeddings.detach().clone().reshape(1, len(classes), EMBEDDING)

@@ -63,8 +63,7 @@ def run(config: FinetuneClassifierConfig) -> None:
     splits = {name: _in_memory(split, config.image_size) for name, split in samples.items()}
     if not config.resume:
         record.claim(config.out, config.force)
-        last.unlink(missing_ok=True)
-    record.write_config(config.out, COMMAND, config)
+        record.write_config(config.out, COMMAND, config)
     train(model, splits["train"], splits["val"], config)
     report(classifier.load(config.out / "best.safetensors").to(device), splits, config)
     record.write_record(config.out, COMMAND, config)

@@ -78,7 +78,6 @@ def run(config: FinetuneSamConfig) -> None:
     loaded = sams.load_sam(config.model, offline=config.offline)
     if not config.resume:
         record.claim(config.out, config.force)
-        last.unlink(missing_ok=True)
         record.write_config(config.out, COMMAND, config)
     loaded.model.to(device)
     fit(loaded, train, val, config)
