@@ -21,9 +21,10 @@ from pipeline.config import FinetuneSamConfig, build
 from pipeline.data.dataset import Dataset, Sample
 from pipeline.data.masks import box_of, encode_rle
 from pipeline.errors import UserError
+from pipeline.models import prompting, sam_lite, training
 from pipeline.models import sam as sams
-from pipeline.models import training
-from pipeline.models.sam import LoadedSam, Segmenter
+from pipeline.models.sam import LoadedSam
+from pipeline.models.segmenter import Segmenter
 from pipeline.stages import finetune_sam
 from pipeline.stages.finetune_sam import BEST, Example, Instance, make_example, run
 
@@ -44,7 +45,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def lite() -> Sam:
     torch.manual_seed(0)
-    return sams.build_sam_lite().eval()
+    return sam_lite.build_sam_lite().eval()
 
 
 FOUR_EPOCHS: dict[str, Any] = {"epochs": 4, "lr": 3e-3, "repeats": 6}
@@ -268,7 +269,7 @@ def test_cached_embeddings_give_the_same_loss(lite: Sam, dataset: Path, tmp_path
 def test_padding_does_not_count(lite: Sam, examples: list[Example]) -> None:
     """The loss of a window that is not square does not look at what lies below or beside it."""
     wide = Example(examples[0].image, examples[0].box, examples[0].mask[:20], (100, 256))
-    decode = sams.decode
+    decode = prompting.decode
 
     def with_noise(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
         logits, quality = decode(*arguments)
@@ -278,7 +279,7 @@ def test_padding_does_not_count(lite: Sam, examples: list[Example]) -> None:
     options = config(Path(), Path())
     with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
         clean = finetune_sam._loss(lite, [wide], None, options)
-        patch.setattr(sams, "decode", with_noise)
+        patch.setattr(prompting, "decode", with_noise)
         noisy = finetune_sam._loss(lite, [wide], None, options)
     assert noisy.item() == clean.item()
 
@@ -499,7 +500,7 @@ def test_training_keeps_batchnorm_and_trains_attention_biases() -> None:
     """MobileSAM's attention would use biases cached before the first step in evaluation mode."""
     pytest.importorskip("ultralytics")
     encoder = sams.build_mobile_sam().image_encoder
-    sam = sams.build_sam_lite()
+    sam = sam_lite.build_sam_lite()
     sam.image_encoder = encoder
     finetune_sam._train_mode(sam.eval())
     modules = list(sam.modules())

@@ -22,9 +22,11 @@ from torch import nn
 
 from pipeline.data.masks import iou
 from pipeline.errors import UserError
-from pipeline.models import imagenet, weights
+from pipeline.models import imagenet, prompting, sam_lite, weights
 from pipeline.models import sam as sams
-from pipeline.models.sam import LoadedSam, Segmenter, Window, load_sam, save_sam, window_around
+from pipeline.models.prompting import Window, window_around
+from pipeline.models.sam import LoadedSam, load_sam, save_sam
+from pipeline.models.segmenter import DECODED_AT_ONCE, Segmenter
 
 CPU = torch.device("cpu")
 BOXES = np.array([[10, 20, 50, 40], [60, 5, 118, 90], [0, 0, 130, 100], [33.5, 60, 40, 71]], float)
@@ -40,12 +42,14 @@ PUBLISHED_BYTES = {
 def lite() -> Sam:
     """sam-lite with random weights, whose masks are neither empty nor full."""
     torch.manual_seed(0)
-    sam = sams.build_sam_lite().eval()
+    sam = sam_lite.build_sam_lite().eval()
     with torch.inference_mode():
-        tensor, size = sams.encoder_input(sam, picture(), (0, 0, 130, 100))
+        tensor, size = prompting.encoder_input(sam, picture(), (0, 0, 130, 100))
         boxes = torch.from_numpy(BOXES * size[1] / 130).float()
         embeddings = sam.image_encoder(tensor[None]).expand(len(BOXES), -1, -1, -1)
-        logits, _ = sams.decode(sam, embeddings, *sams.encode_prompts(sam, boxes, "boxes"))
+        logits, _ = prompting.decode(
+            sam, embeddings, *prompting.encode_prompts(sam, boxes, "boxes")
+        )
     sam.mask_threshold = float(logits.median())
     return sam
 
@@ -84,12 +88,13 @@ def test_parity_with_the_official_predictor(lite: Sam, prompt: str) -> None:
     found = Segmenter(LoadedSam(lite, "sam-lite", 0), None, CPU).segment(
         picture(), detections(BOXES), prompt
     )
-    tensor, size = sams.encoder_input(lite, picture(), (0, 0, 130, 100))
-    corners = sams.to_input_frame(BOXES.reshape(-1, 2, 2), (0, 0, 130, 100), size).reshape(-1, 4)
+    tensor, size = prompting.encoder_input(lite, picture(), (0, 0, 130, 100))
+    corners = prompting.to_input_frame(BOXES.reshape(-1, 2, 2), (0, 0, 130, 100), size)
     with torch.inference_mode():
-        prompts = sams.encode_prompts(lite, torch.from_numpy(corners).float(), prompt)
+        boxes = torch.from_numpy(corners.reshape(-1, 4)).float()
+        prompts = prompting.encode_prompts(lite, boxes, prompt)
         embeddings = lite.image_encoder(tensor[None]).expand(len(BOXES), -1, -1, -1)
-        logits, _ = sams.decode(lite, embeddings, *prompts)
+        logits, _ = prompting.decode(lite, embeddings, *prompts)
     found_masks = np.asarray(found.mask)
     assert found_masks.any() and not found_masks.all()
     for i, box in enumerate(BOXES):
@@ -112,8 +117,8 @@ def test_decoding_many_images_equals_the_decoder_called_for_each(lite: Sam) -> N
     embeddings = torch.randn(3, 128, 32, 32)
     boxes = torch.tensor([[10.0, 20, 60, 90], [0, 0, 255, 255], [200, 5, 210, 30]])
     with torch.inference_mode():
-        sparse, dense = sams.encode_prompts(lite, boxes, "boxes")
-        logits, quality = sams.decode(lite, embeddings, sparse, dense)
+        sparse, dense = prompting.encode_prompts(lite, boxes, "boxes")
+        logits, quality = prompting.decode(lite, embeddings, sparse, dense)
         for i in range(3):
             expected_logits, expected_quality = lite.mask_decoder(
                 image_embeddings=embeddings[i : i + 1],
@@ -131,8 +136,8 @@ def test_sam_lite_keeps_segment_anythings_proportions(lite: Sam) -> None:
     """Its decoder's masks have a quarter of the embedding's stride, as in the official models."""
     with torch.inference_mode():
         embeddings = lite.image_encoder(torch.zeros(2, 3, 256, 256))
-        sparse, dense = sams.encode_prompts(lite, torch.zeros(2, 4), "boxes")
-        logits, quality = sams.decode(lite, embeddings, sparse, dense)
+        sparse, dense = prompting.encode_prompts(lite, torch.zeros(2, 4), "boxes")
+        logits, quality = prompting.decode(lite, embeddings, sparse, dense)
     assert embeddings.shape == (2, 128, 32, 32)
     assert logits.shape == (2, 1, 128, 128)
     assert quality.shape == (2, 1)
@@ -186,7 +191,7 @@ def test_a_window_lies_in_the_image_and_holds_the_box(
     assert 0 <= y1 < y2 <= height
     assert x1 <= box[0] and y1 <= box[1] and box[2] <= x2 and box[3] <= y2
     if zoom:
-        assert x2 - x1 >= min(width, sams.SMALLEST_WINDOW, 48)
+        assert x2 - x1 >= min(width, prompting.SMALLEST_WINDOW, 48)
         longest = max(box[2] - box[0], box[3] - box[1])
         assert max(x2 - x1, y2 - y1) <= max(zoom * (longest + 2) + 1, 48)
 
@@ -196,15 +201,15 @@ def test_a_window_lies_in_the_image_and_holds_the_box(
 )
 def test_to_input_frame_maps_corners_to_corners(window: Window, size: tuple[int, int]) -> None:
     corners = np.array(window, float).reshape(2, 2)
-    moved = sams.to_input_frame(corners, window, size)
+    moved = prompting.to_input_frame(corners, window, size)
     np.testing.assert_allclose(moved, [[0, 0], [size[1], size[0]]], atol=1e-9)
-    centre = sams.to_input_frame(corners.mean(axis=0), window, size)
+    centre = prompting.to_input_frame(corners.mean(axis=0), window, size)
     np.testing.assert_allclose(centre, [size[1] / 2, size[0] / 2], atol=1e-9)
 
 
 def test_encoder_input_is_the_window_resized_normalised_and_padded(lite: Sam) -> None:
     image, window = picture(), (30, 10, 110, 60)  # 80 x 50 pixels
-    tensor, size = sams.encoder_input(lite, image, window)
+    tensor, size = prompting.encoder_input(lite, image, window)
     rgb = Image.fromarray(np.ascontiguousarray(image[10:60, 30:110, ::-1]))
     resized = np.asarray(rgb.resize((256, 160), Image.Resampling.BILINEAR), np.float32)
     expected = np.zeros((256, 256, 3), np.float32)
@@ -227,8 +232,8 @@ def fill_boxes(monkeypatch: pytest.MonkeyPatch) -> None:
         inside = down[:, :, None] & across[:, None, :]
         return inside[:, None].float() - 0.5, torch.full((len(boxes), 1), 1.5)
 
-    monkeypatch.setattr(sams, "encode_prompts", encode_prompts)
-    monkeypatch.setattr(sams, "decode", decode)
+    monkeypatch.setattr(prompting, "encode_prompts", encode_prompts)
+    monkeypatch.setattr(prompting, "decode", decode)
 
 
 @pytest.mark.parametrize("zoom", [0, 1, 1.5, 4])
@@ -309,7 +314,7 @@ def test_each_window_is_encoded_once(
 
 def test_detections_stay_in_order_with_all_that_they_carry(lite: Sam) -> None:
     """More boxes than are decoded at once, in few windows: as if each had come alone."""
-    boxes = np.tile(BOXES, (5, 1))[: 2 * sams.DECODED_AT_ONCE + 1]
+    boxes = np.tile(BOXES, (5, 1))[: 2 * DECODED_AT_ONCE + 1]
     given_ = detections(boxes)
     given_.data["name"] = np.array([f"box {i}" for i in range(len(boxes))])
     segmenter = Segmenter(LoadedSam(lite, "sam-lite", 1.5), None, CPU)

@@ -25,6 +25,7 @@ from pipeline.data.masks import decode_rle
 from pipeline.data.video import VideoWriter
 from pipeline.errors import UserError
 from pipeline.models import sam as sams
+from pipeline.models import sam_lite
 from pipeline.stages import segment
 
 # Images 1 and 2 are the val split; 3 to 5 the test split.
@@ -49,7 +50,7 @@ def sam(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A sam-lite checkpoint with random weights."""
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("sam") / "sam.safetensors"
-    sams.save_sam(path, sams.build_sam_lite(), "sam-lite", 1.5)
+    sams.save_sam(path, sam_lite.build_sam_lite(), "sam-lite", 1.5)
     return str(path)
 
 
@@ -70,7 +71,7 @@ def box_filler(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             found.data["quality"] = np.full(len(found), 0.5, np.float32)
             return found
 
-    monkeypatch.setattr(sams, "Segmenter", BoxFiller)
+    monkeypatch.setattr(segment, "Segmenter", BoxFiller)
     monkeypatch.setattr(sams, "load_sam", lambda name, offline: None)
     return prompts
 

@@ -24,9 +24,10 @@ from pipeline.data import masks
 from pipeline.data.augment import vary_light
 from pipeline.data.dataset import Dataset, Sample
 from pipeline.errors import UserError
+from pipeline.models import prompting, sam_lite, training
 from pipeline.models import sam as sams
-from pipeline.models import training
 from pipeline.models.device import has_fast_bfloat16, torch_device
+from pipeline.models.segmenter import Segmenter
 
 WEIGHT_DECAY = 1e-4
 WARM_UP = 0.05  # part of all steps over which the learning rate rises
@@ -186,15 +187,15 @@ def make_example(sam: Sam, instance: Instance, zoom: float, rng: np.random.Gener
     centre = (box[:2] + box[2:]) / 2 + rng.uniform(-1, 1, 2) * WINDOW_JITTER * side
     around = np.hstack([centre - side / 2, centre + side / 2])
     scale = rng.uniform(1 - WINDOW_JITTER, 1 + 2 * WINDOW_JITTER)
-    window = sams.window_around(around, mask.shape, zoom * scale)
+    window = prompting.window_around(around, mask.shape, zoom * scale)
     x1, y1, x2, y2 = window
     image, mask = image[y1:y2, x1:x2], mask[y1:y2, x1:x2]
     box = np.clip(box - [x1, y1, x1, y1], 0, [x2 - x1, y2 - y1] * 2)
     image, mask, box = _mirrored(image, mask, box, rng)
     image = vary_light(np.ascontiguousarray(image), rng)
     height, width = mask.shape
-    tensor, size = sams.encoder_input(sam, image, (0, 0, width, height))
-    box = sams.to_input_frame(box.reshape(2, 2), (0, 0, width, height), size).ravel()
+    tensor, size = prompting.encoder_input(sam, image, (0, 0, width, height))
+    box = prompting.to_input_frame(box.reshape(2, 2), (0, 0, width, height), size).ravel()
     return Example(tensor, box, np.ascontiguousarray(mask), size)
 
 
@@ -232,8 +233,8 @@ def _loss(
             embeddings = torch.from_numpy(cached).to(device)
         embeddings = embeddings.float()
     boxes = torch.from_numpy(np.stack([e.box for e in examples])).float().to(device)
-    sparse, dense = sams.encode_prompts(sam, boxes, "boxes")
-    logits, predicted_iou = sams.decode(sam, embeddings, sparse, dense)
+    sparse, dense = prompting.encode_prompts(sam, boxes, "boxes")
+    logits, predicted_iou = prompting.decode(sam, embeddings, sparse, dense)
     targets = [_target(e, logits.shape[-1] / sam.image_encoder.img_size) for e in examples]
     total = torch.zeros((), device=device)
     for mask_logits, iou, target in zip(logits[:, 0], predicted_iou[:, 0], targets, strict=True):
@@ -273,13 +274,13 @@ def _mask_loss(logits: torch.Tensor, target: torch.Tensor, kind: str) -> torch.T
 def _fast(sam: Sam) -> torch.autocast:
     """Mixed precision where the encoder gains by it; the depthwise convolutions of a CPU do not."""
     kind = sam.device.type
-    gains = kind != "cpu" or not isinstance(sam.image_encoder, sams.LiteEncoder)
+    gains = kind != "cpu" or not isinstance(sam.image_encoder, sam_lite.LiteEncoder)
     return torch.autocast(kind, torch.bfloat16, enabled=gains and has_fast_bfloat16(kind))
 
 
 def mean_iou(loaded: sams.LoadedSam, instances: list[Instance], zoom: float) -> float:
     """Mean IoU of the masks that the true boxes give; nan without instances."""
-    segmenter = sams.Segmenter(loaded, zoom, loaded.model.device)
+    segmenter = Segmenter(loaded, zoom, loaded.model.device)
     scores = []
     for sample in dict.fromkeys(instance.sample for instance in instances):
         found = segmenter.segment(sample.image(), sample.truth)
@@ -321,7 +322,7 @@ def _trained_parameters(sam: Sam, config: FinetuneSamConfig) -> list[dict[str, A
     for group in groups:
         for parameter in group["params"]:
             parameter.requires_grad_(True)
-    if isinstance(sam.image_encoder, sams.LiteEncoder):
+    if isinstance(sam.image_encoder, sam_lite.LiteEncoder):
         for parameter in sam.image_encoder.general_parameters():
             parameter.requires_grad_(False)
     return groups

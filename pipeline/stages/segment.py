@@ -25,6 +25,7 @@ from pipeline.data.video import Frame, count_frames, frames
 from pipeline.errors import UserError
 from pipeline.models import sam as sams
 from pipeline.models.device import torch_device
+from pipeline.models.segmenter import Segmenter
 
 COMMAND = "segment"
 FindBoxes = Callable[[Frame], sv.Detections]
@@ -35,7 +36,7 @@ def run(config: SegmentConfig) -> None:
     dataset = Dataset(config.source) if (config.source / "annotations").is_dir() else None
     find_boxes, classes = _box_source(config, dataset)
     loaded = sams.load_sam(config.sam, offline=config.offline)
-    segmenter = sams.Segmenter(loaded, config.zoom, device)
+    segmenter = Segmenter(loaded, config.zoom, device)
     pictures, count = _pictures(config, dataset)
     record.claim(config.out, config.force)
     record.write_config(config.out, COMMAND, config)
