@@ -28,6 +28,7 @@ COMMANDS: dict[str, type[config.Config]] = {
     "finetune-classifier": config.FinetuneClassifierConfig,
     "segment": config.SegmentConfig,
     "evaluate": config.EvaluateConfig,
+    "measure": config.MeasureConfig,
     "overlay": config.OverlayConfig,
     "run": config.RunConfig,
     "weights": config.WeightsConfig,

@@ -20,6 +20,7 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
@@ -50,6 +51,21 @@ Batch = Annotated[PositiveInt, Field(description="images (or boxes) per step")]
 LearningRate = Annotated[PositiveFloat, Field(description="peak learning rate")]
 
 
+def _check_cache(folder: Path) -> Path:
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"expected a folder, found the file {folder}")
+    return folder
+
+
+Cache = Annotated[
+    Annotated[Path, AfterValidator(_check_cache)] | None,
+    Field(description="folder that keeps what SAM's encoder computes for later runs, if any"),
+]
+CacheSize = Annotated[
+    PositiveFloat, Field(description="GB in that folder; what was used longest ago goes")
+]
+
+
 class Config(BaseModel):
     """Base of all configurations: immutable, and unknown keys are errors."""
 
@@ -69,11 +85,14 @@ class StageConfig(Config):
 
 
 class SynthConfig(StageConfig):
-    """Render a synthetic transistor dataset in MVTec layout."""
+    """Render a synthetic dataset in MVTec layout."""
 
+    product: Literal["transistor", "leather", "parts"] = Field(
+        "transistor", description="what is rendered; parts: a broad set to pretrain on"
+    )
     train_good: PositiveInt = Field(60, description="good images in train/good")
     test_good: PositiveInt = Field(20, description="good images in test/good")
-    per_defect: PositiveInt = Field(20, description="images of each of the four defects")
+    per_defect: PositiveInt = Field(20, description="images of each of the product's defects")
     size: int = Field(320, ge=64, description="width and height in pixels")
     seed: Seed = Field(0, description="seed of everything random")
 
@@ -163,8 +182,10 @@ class FinetuneSamConfig(TrainConfig):
     """Fine-tune SAM's mask decoder on the dataset's boxes and masks."""
 
     model: str = Field("sam-lite", description="a name of `pipeline weights list` or a checkpoint")
-    train: Literal["decoder", "neck", "all"] = Field(
-        "decoder", description="the decoder alone, with the encoder's neck, or everything"
+    train: Literal["decoder", "neck", "lora", "all"] = Field(
+        "decoder",
+        description="the decoder alone, with the encoder's neck, with LoRA in the encoder's "
+        "attention, or everything",
     )
     epochs: Epochs = 40
     patience: Patience = 10
@@ -178,6 +199,8 @@ class FinetuneSamConfig(TrainConfig):
         1.5, description="side of the window around a box, in box sizes (0: whole image)"
     )
     repeats: PositiveInt = Field(4, description="jittered copies of every box per epoch")
+    cache: Cache = None  # used with a frozen encoder alone
+    cache_gb: CacheSize = 2.0
     offline: bool = Field(False, description="never download")
 
 
@@ -216,8 +239,10 @@ class SegmentConfig(StageConfig):
         None, ge=0, description="fold of the dataset instead of its single split"
     )
     boxes: str = Field(description="detector checkpoint, COCO results file, or 'truth'")
-    prompt: Literal["boxes", "points", "boxes+points"] = Field(
-        "boxes", description="what SAM is shown: each box, its centre, or both"
+    prompt: Literal["boxes", "points", "boxes+points", "masks", "boxes+masks"] = Field(
+        "boxes",
+        description="what SAM is shown: each box, its points (by default its centre; 'points' of "
+        "the COCO results file), or the mask in the COCO results file",
     )
     sam: str = Field("sam-lite", description="a name of `pipeline weights list` or a checkpoint")
     zoom: Zoom | None = Field(
@@ -230,9 +255,32 @@ class SegmentConfig(StageConfig):
     )
     min_score: Fraction = Field(0.01, description="leave out boxes under this score")
     max_boxes: PositiveInt = Field(50, description="most boxes per image, best first")
+    overlaps: Literal["keep", "resolve"] = Field(
+        "keep",
+        description="'resolve': a pixel in several masks of one class stays in that with the "
+        "highest score (of equal ones, the earliest), which may leave a mask empty",
+    )
+    clean_below: int = Field(
+        0,
+        ge=0,
+        description="remove islands and fill holes of fewer pixels than this; the largest island "
+        "always stays",
+    )
     masks: bool = Field(False, description="also write one mask PNG per image")
+    review_below: Fraction | None = Field(
+        None, description="list the masks under this quality in review.csv, worst first"
+    )
+    cache: Cache = None
+    cache_gb: CacheSize = 2.0
     device: str = Field("auto", description="auto, cpu, mps or 0")
     offline: bool = Field(False, description="never download")
+
+    @field_validator("prompt")
+    @classmethod
+    def _check_prompt(cls, prompt: str, info: ValidationInfo) -> str:
+        if "masks" in prompt and not info.data.get("boxes", ".json").endswith(".json"):
+            raise ValueError(f"expected boxes of a COCO results file for masks, found {prompt!r}")
+        return prompt
 
 
 class EvaluateConfig(StageConfig):
@@ -254,6 +302,11 @@ class EvaluateConfig(StageConfig):
     threshold: Fraction | None = Field(
         None, description="score from which a box counts (default: the best on the val split)"
     )
+    review_below: Fraction | None = Field(
+        None,
+        description="quality under which a mask is for review (default: what lists every badly "
+        "drawn mask of the val split)",
+    )
     published: bool = Field(
         True, description="show the published rows of the study, if it had the same classes"
     )
@@ -261,6 +314,18 @@ class EvaluateConfig(StageConfig):
         1000, ge=0, description="bootstrap resamples for the intervals (0: none)"
     )
     seed: Seed = Field(0, description="seed of the bootstrap")
+
+
+class MeasureConfig(StageConfig):
+    """Measure every predicted mask: size, orientation and place, as a CSV table."""
+
+    inputs: ClassVar[tuple[str, ...]] = ("predictions",)
+    out: Path = Field(description="the table, ending in .csv")
+    predictions: Path = Field(description="output folder of `pipeline segment`")
+    threshold: Fraction = Field(0.25, description="score from which a mask is measured")
+    mm_per_px: PositiveFloat | None = Field(
+        None, description="width and height of a pixel in mm: also give areas and lengths in mm"
+    )
 
 
 class OverlayConfig(StageConfig):

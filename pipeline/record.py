@@ -1,8 +1,8 @@
 """What made a result: the resolved configuration, versions, revision and input checksums.
 
 Every stage writes `config.yaml` and `begun.json` into its output folder when it begins. At its
-end `run.json` takes the place of `begun.json`, so a folder that has it is complete. A video
-`review.mp4` has one file beside it, `review.mp4.json`, which holds the options too.
+end `run.json` takes the place of `begun.json`, so a folder that has it is complete. A result that
+is one file, such as `review.mp4`, has one beside it, `review.mp4.json`, with the options as well.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from pipeline.data.files import read_json, sha256, write_json, write_text
 from pipeline.errors import UserError
 from pipeline.models.weights import load_registry
 
+FILES = (".mp4", ".csv")  # results that are one file; all others are folders
+WITHOUT_EFFECT = {"out", "force", "resume", "device", "offline", "cache", "cache_gb"}  # on results
 CHECKPOINTS = ("last.pt", "weights/last.pt")  # what an interrupted training goes on from
 PACKAGES = (
     "torch",
@@ -37,6 +39,7 @@ PACKAGES = (
     "timm",
     "av",
     "numpy",
+    "peft",
 )
 
 
@@ -63,8 +66,8 @@ def can_resume(command: str, config: StageConfig) -> bool:
 
 
 def record_path(out: Path) -> Path:
-    """Where the record of a result is: in the folder, or beside the video."""
-    return out.with_name(f"{out.name}.json") if out.suffix.lower() == ".mp4" else out / "run.json"
+    """Where the record of a result is: in the folder, or beside the file."""
+    return out.with_name(f"{out.name}.json") if out.suffix.lower() in FILES else out / "run.json"
 
 
 def write_record(out: Path, command: str, config: StageConfig) -> None:
@@ -73,7 +76,7 @@ def write_record(out: Path, command: str, config: StageConfig) -> None:
     options: dict[str, Any] = {}
     if record.parent == out:
         _write_options(out, command, config)
-    else:  # a video has no folder of its own for a config.yaml
+    else:  # a file has no folder of its own for a config.yaml
         options["options"] = config.model_dump(mode="json")
     write_json(
         record,
@@ -126,9 +129,7 @@ def signature(command: str, config: Config) -> str:
 
 
 def _sign(command: str, config: Config, inputs: dict[str, str]) -> str:
-    options = config.model_dump(
-        mode="json", exclude={"out", "force", "resume", "device", "offline"}
-    )
+    options = config.model_dump(mode="json", exclude=WITHOUT_EFFECT)
     found = {name.split("[")[0] for name in inputs}  # of these the content counts, not the path
     options = {key: value for key, value in options.items() if key not in found}
     state = [__version__, command, options, inputs]
@@ -169,6 +170,14 @@ def claim(out: Path, force: bool) -> None:
     out.mkdir(parents=True, exist_ok=True)
     for name in ("run.json", "begun.json", *CHECKPOINTS):
         (out / name).unlink(missing_ok=True)
+
+
+def claim_file(out: Path, force: bool) -> None:
+    """Check that the file `out` may be written. Raises `UserError` if it exists and not `force`."""
+    if out.is_dir():
+        raise UserError(f"--out: expected a file, found the folder {out}")
+    if out.exists() and not force:
+        raise UserError(f"--out: {out} exists; give --force to replace it")
 
 
 def _version(package: str) -> str | None:

@@ -159,7 +159,8 @@ RUN = {"out": "o", "convert": {"source": "transistor"}}
             {"finetune_sam": {"epochs": 0, "train": "x"}, "overlay": {"height": 3}},
             [
                 "f.yaml: finetune_sam.epochs: expected greater than 0, found 0",
-                "f.yaml: finetune_sam.train: expected 'decoder', 'neck' or 'all', found 'x'",
+                "f.yaml: finetune_sam.train: expected 'decoder', 'neck', 'lora' or 'all', "
+                "found 'x'",
                 "f.yaml: overlay.height: expected greater than or equal to 64, found 3",
             ],
         ),

@@ -60,7 +60,11 @@ class World:
         return data
 
     def predict(
-        self, folder: str, *entries: tuple[int, int, Box, float], masks: bool = True
+        self,
+        folder: str,
+        *entries: tuple[int, int, Box, float],
+        masks: bool = True,
+        quality: Sequence[float | None] = (),
     ) -> Path:
         """Write (image, category, box, score) as the output of `pipeline segment`."""
         results = [
@@ -68,20 +72,22 @@ class World:
             | ({"segmentation": rle(box)} if masks else {})
             for image, category, box, score in entries
         ]
+        for result, value in zip(results, quality, strict=False):
+            result["quality"] = value
         everything = [image for images in self.splits.values() for image in images]
         self._json(self.root / folder / "predictions.json", results)
         coco = {**self._coco(everything), "annotations": []}
         self._json(self.root / folder / "images.json", coco)
         return self.root / folder
 
-    def truth_boxes(self, masks: bool = True) -> Path:
+    def truth_boxes(self, masks: bool = True, quality: Sequence[float] = ()) -> Path:
         entries = [
             (image["id"], category, box, 1.0)
             for images in self.splits.values()
             for image in images
             for category, box in image["truth"]
         ]
-        return self.predict("truth_boxes", *entries, masks=masks)
+        return self.predict("truth_boxes", *entries, masks=masks, quality=quality)
 
     def classify(self, folder: str, name: str, decisions: dict[int, str]) -> Path:
         """Write certain decisions, with the classes in an order other than the dataset's."""
@@ -334,6 +340,102 @@ def test_threshold_falls_back_and_says_so(
     assert [m["image_id"] for m in metrics["missed"]] == [2, 3, 4]
 
 
+HALF = (20, 10, 20, 10)  # 10 columns of 30 in common with BOX: IoU 1/3
+
+
+def test_review_figures_of_a_case_worked_out_by_hand(
+    world: World, capsys: pytest.CaptureFixture[str]
+) -> None:
+    predictions = world.predict(
+        "found",
+        (1, 1, BOX, 0.9),
+        (2, 2, HALF, 0.8),  # bad, and listed
+        (3, 4, BOX, 0.7),  # of another class than the defect: on nothing, and not listed
+        (4, 4, (14, 10, 20, 10), 0.6),  # IoU 2/3: listed in vain
+        (5, 1, BOX, 0.6),  # on a good image, listed
+        (6, 1, BOX, 0.4),  # under the score threshold
+        quality=(0.9, 0.6, 0.8, 0.5, 0.65, 0.1),
+    )
+    truth_boxes = world.truth_boxes(quality=(0.95,) * 4)
+    metrics = evaluate(
+        world.write(), predictions, truth_boxes=truth_boxes, review_below=0.7, resamples=50
+    )
+    review = metrics["review"]
+    assert (review["below"], review["reason"]) == (0.7, "as given")
+    # ranks of quality 5, 2, 4, 1, 3 and of IoU 5, 3, 1.5, 4, 1.5
+    assert review["predictions"] == {
+        "masks": 5, "listed": 3, "bad": 3, "caught": 2, "on_nothing": 2, "on_nothing_caught": 1,
+        "share_listed": 0.6,
+        "share_caught": pytest.approx(2 / 3, abs=1e-6),
+        "mean_absolute_error": pytest.approx((0.1 + 4 / 15 + 0.8 + 1 / 6 + 0.65) / 5, abs=1e-6),
+        "spearman": pytest.approx(0.5 / np.sqrt(10 * 9.5), abs=1e-6),
+    }  # fmt: skip
+    assert review["truth_boxes"] == {
+        "masks": 4, "listed": 0, "bad": 0, "caught": 0, "on_nothing": 0, "on_nothing_caught": 0,
+        "share_listed": 0, "share_caught": None, "spearman": None,
+        "mean_absolute_error": pytest.approx(0.05, abs=1e-6),
+    }  # fmt: skip
+    intervals = metrics["intervals"]
+    assert "review.truth_boxes.share_caught" not in intervals
+    for key in ("share_listed", "share_caught", "mean_absolute_error"):
+        low, high = intervals[f"review.predictions.{key}"]
+        assert low < review["predictions"][key] < high
+    report = (world.root / "out" / "report.md").read_text()
+    assert "| Bad masks listed | 2 of 3 [" in report
+    assert "(quality.png)" in report
+    assert cv2.imread(str(world.root / "out" / "quality.png")) is not None
+    assert "2 of 3" in capsys.readouterr().out
+
+
+def test_review_line_comes_from_the_val_split_alone(world: World) -> None:
+    val = [world.add("val", (1, BOX)), world.add("val", (2, BOX)), world.add("val")]
+    entries = (
+        (val[0], 1, HALF, 0.8),  # badly drawn: the line is above it
+        (val[1], 2, BOX, 0.8),
+        (val[2], 1, BOX, 0.8),  # on nothing
+        (val[1], 2, HALF, 0.1),  # under the score threshold
+        (1, 1, HALF, 0.8),  # in test
+    )
+    predictions = world.predict("found", *entries, quality=(0.4, 0.6, 0.9, 0.65, 0.8))
+    review = evaluate(world.write(), predictions)["review"]
+    assert review["below"] == pytest.approx(0.5)
+    assert "val split" in review["reason"] and "default" not in review["reason"]
+    assert (review["predictions"]["bad"], review["predictions"]["caught"]) == (1, 0)
+
+
+@pytest.mark.parametrize("case", ["no val split", "nothing badly drawn"])
+def test_review_line_falls_back_and_says_so(world: World, case: str) -> None:
+    entries = [(1, 1, BOX, 0.9)]
+    if case == "nothing badly drawn":
+        entries.append((world.add("val", (1, BOX)), 1, BOX, 0.9))
+    metrics = evaluate(world.write(), world.predict("found", *entries, quality=(0.4, 0.2)))
+    assert metrics["review"]["below"] == 0.7
+    assert "default" in metrics["review"]["reason"]
+
+
+def test_without_quality_there_is_no_review(world: World) -> None:
+    entries = ((1, 1, BOX, 0.9), (2, 2, BOX, 0.9))
+    predictions = world.predict("found", *entries, quality=(0.9, 0.9))
+    assert evaluate(world.write(), predictions)["review"]["predictions"]["masks"] == 2
+    for quality in ((), (None, None)):
+        predictions = world.predict("found", *entries, quality=quality)
+        assert evaluate(world.root / "data", predictions)["review"] is None
+        assert not (world.root / "out" / "quality.png").exists()  # nor that of the first run
+        assert "Mask quality" not in (world.root / "out" / "report.md").read_text()
+    truth_boxes = world.truth_boxes(quality=(0.3,) * 4)
+    review = evaluate(world.root / "data", predictions, truth_boxes=truth_boxes)["review"]
+    assert review["predictions"] is None
+    assert review["truth_boxes"]["listed"] == 4
+
+
+def test_masks_of_the_val_split_have_to_fit_too(world: World) -> None:
+    image = world.add("val", (1, BOX))
+    predictions = world.predict("found", (1, 1, BOX, 0.9), (image, 1, BOX, 0.9), quality=(1, 1))
+    edit(predictions / "predictions.json", lambda c: c[1]["segmentation"].update(size=[4, 5]))
+    with pytest.raises(UserError, match=f"image {image}: expected masks of 64 rows"):
+        evaluate(world.write(), predictions)
+
+
 def test_intervals_surround_the_figures_and_are_seeded(tmp_path: Path) -> None:
     world = World(tmp_path)
     entries = []
@@ -421,6 +523,12 @@ def edit(path: Path, change: Any) -> None:
             lambda c: c[0]["segmentation"].update(size=[4, 5]),
             "expected masks of 64 rows",
         ),
+        (
+            "found/predictions.json",
+            lambda c: c[1].update(quality=0.5),
+            "expected quality in all 2 entries or in none, found 1",
+        ),
+        ("found/predictions.json", lambda c: c[0].update(quality=1.5), "quality of 0 to 1, found"),
         ("truth_boxes/predictions.json", lambda c: c.pop(0), "--truth-boxes: expected a mask"),
         ("model/predictions.json", lambda c: c["classes"].pop(), "expected the classes"),
         ("model/predictions.json", lambda c: c["images"].pop("2"), "of cut_lead__002.png"),

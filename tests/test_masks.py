@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
+from rectangles import filled
 from scipy import ndimage
 
 from pipeline.data import masks
@@ -61,6 +62,35 @@ def test_box_of_one_pixel_and_of_nothing() -> None:
         masks.box_of(np.zeros((3, 3), bool))
 
 
+@pytest.mark.parametrize(
+    ("rle", "holds"),
+    [
+        ({"size": [3, 2], "counts": "123"}, True),
+        ({"size": [3, 2], "counts": "6"}, True),  # an empty mask
+        ({"size": [3, 2], "counts": "06"}, True),  # a full one
+        ({"size": [2, 3], "counts": "123"}, False),
+        ({"size": [3, 2], "counts": "12"}, False),  # three of six pixels
+        ({"size": [3, 2], "counts": ""}, False),
+        ({"size": [3, 2], "counts": "1239"}, False),  # more than there are
+        ({"size": [3, 2], "counts": "zz"}, False),
+        ({"size": [3, 2], "counts": "é"}, False),
+        ({"size": [3, 2], "counts": [1, 2, 3]}, False),
+        ({"size": [3, 2]}, False),
+        ({"size": 3, "counts": "123"}, False),
+        ([[0, 0, 1, 0, 1, 1]], False),  # a polygon
+        (None, False),
+    ],
+)
+def test_is_rle(rle: object, holds: bool) -> None:
+    assert masks.is_rle(rle, (3, 2)) is holds
+
+
+@given(ANY_MASK)
+def test_our_own_run_lengths_are_some(mask: np.ndarray) -> None:
+    assert masks.is_rle(masks.encode_rle(mask), mask.shape)
+    assert not masks.is_rle(masks.encode_rle(mask), (mask.shape[0] + 1, mask.shape[1]))
+
+
 @given(ANY_MASK, st.integers(0, 30))
 def test_components_partition_the_mask(mask: np.ndarray, min_area: int) -> None:
     parts, joined = masks.components(mask, min_area)
@@ -108,6 +138,89 @@ def test_components_by_hand(rows: list[str], min_area: int, areas: list[int], jo
     assert found == joined
 
 
+def parts_of(mask: np.ndarray, structure: np.ndarray | None) -> list[np.ndarray]:
+    labels, count = ndimage.label(mask, structure)
+    return [labels == label for label in range(1, count + 1)]
+
+
+def holes_of(mask: np.ndarray) -> list[np.ndarray]:
+    return parts_of(ndimage.binary_fill_holes(mask) & ~mask, None)
+
+
+@given(ANY_MASK, st.integers(0, 30))
+def test_clean_leaves_no_small_island_or_hole_and_all_else(mask: np.ndarray, below: int) -> None:
+    before, cleaned = mask.copy(), masks.clean(mask, below)
+    assert np.array_equal(mask, before) and cleaned.dtype == bool
+    islands = parts_of(cleaned, EIGHT)
+    assert len(islands) == 1 or all(island.sum() >= below for island in islands)
+    assert all(hole.sum() >= below for hole in holes_of(cleaned))
+    for island in parts_of(mask, EIGHT):  # goes as a whole, or stays as a whole
+        assert cleaned[island].all() or (island.sum() < below and not (cleaned & island).all())
+    for hole in parts_of(cleaned & ~mask, None):
+        assert hole.sum() < below
+        assert ndimage.binary_fill_holes(mask)[hole].all()
+    assert mask.any() == cleaned.any()
+    assert np.array_equal(masks.clean(cleaned, below), cleaned)
+
+
+@given(MASK)
+def test_clean_keeps_the_largest_island(mask: np.ndarray) -> None:
+    largest = max(int(island.sum()) for island in parts_of(mask, EIGHT))
+    (kept,) = parts_of(masks.clean(mask, mask.size + 1) & mask, EIGHT)[:1]
+    assert kept.sum() == largest
+
+
+@pytest.mark.parametrize("below", [0, 1])
+@given(mask=ANY_MASK)
+def test_clean_of_nothing_small(mask: np.ndarray, below: int) -> None:
+    assert np.array_equal(masks.clean(mask, below), mask)
+
+
+@pytest.mark.parametrize(
+    ("rows", "below", "expected"),
+    [
+        (["##..#", "##..."], 2, ["##...", "##..."]),
+        (["##..#", "##...", "...##"], 2, ["##...", "##...", "...##"]),
+        (["##...", "..#..", "...#."], 4, ["##...", "..#..", "...#."]),  # 8-connected: one island
+        (["#....", "....."], 9, ["#....", "....."]),  # the only one stays
+        (["###", "#.#", "###"], 2, ["###", "###", "###"]),
+        (["###", "#.#", "###"], 1, ["###", "#.#", "###"]),
+        (["##.", "#.#", "###"], 2, ["##.", "###", "###"]),  # background is 4-connected
+        (["#.#", "#.#", "###"], 9, ["#.#", "#.#", "###"]),  # open at the border: no hole
+        (["#####", "#...#", "#.#.#", "#...#", "#####"], 9, ["#####", "#...#", "#...#", "#...#",
+         "#####"]),
+        (["#####", "#...#", "#.#.#", "#...#", "#####"], 10, ["#####"] * 5),
+    ],
+)  # fmt: skip
+def test_clean_by_hand(rows: list[str], below: int, expected: list[str]) -> None:
+    cleaned = masks.clean(ascii_mask(*rows), below)
+    assert np.array_equal(cleaned, ascii_mask(*expected))
+
+
+@given(st.data())
+def test_resolve_overlaps(data: st.DataObject) -> None:
+    """Each pixel, by a plain loop: to the highest score of its class, of equal ones the first."""
+    count = data.draw(st.integers(0, 5))
+    shape = (count, data.draw(st.integers(1, 6)), data.draw(st.integers(1, 6)))
+    instances = data.draw(arrays.arrays(bool, shape))
+    classes = data.draw(arrays.arrays(np.int64, count, elements=st.integers(0, 2)))
+    scores = data.draw(
+        arrays.arrays(np.float32, count, elements=st.sampled_from([0.25, 0.5, 0.75]))
+    )
+    before, resolved = instances.copy(), masks.resolve_overlaps(instances, classes, scores)
+    assert np.array_equal(instances, before)
+    expected = np.zeros_like(instances)
+    for class_id in set(classes.tolist()):
+        rows = np.flatnonzero(classes == class_id).tolist()
+        assert resolved[rows].sum(axis=0).max() <= 1, "not disjoint"
+        assert np.array_equal(resolved[rows].any(axis=0), instances[rows].any(axis=0)), "union"
+        for y, x in np.ndindex(*shape[1:]):
+            claims = [i for i in rows if instances[i, y, x]]
+            if claims:
+                expected[max(claims, key=lambda i: (scores[i], -i)), y, x] = True
+    assert np.array_equal(resolved, expected)
+
+
 @given(st.data())
 def test_box_and_yolo_label_round_trip(data: st.DataObject) -> None:
     width, height = data.draw(st.integers(1, 20_000)), data.draw(st.integers(1, 20_000))
@@ -137,3 +250,58 @@ def test_iou_and_dice(data: st.DataObject) -> None:
     assert masks.iou(a, b) == pytest.approx(both / either if either else 0)
     assert masks.dice(a, b) == pytest.approx(2 * both / (both + either) if either else 0)
     assert masks.iou(a, b) == masks.iou(b, a) and masks.dice(a, b) == masks.dice(b, a)
+
+
+FULL = np.ones((3, 8), bool)
+LEFT = filled((0, 0, 4, 3), 3, 8)
+BLOCK = filled((1, 1, 10, 10), 11, 11)
+HOLED = BLOCK & ~filled((5, 5, 6, 6), 11, 11)
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "tolerance", "expected"),
+    [
+        (BLOCK, np.zeros_like(BLOCK), 9, 0),
+        (np.zeros_like(BLOCK), np.zeros_like(BLOCK), 9, 0),
+        (ascii_mask("#...."), ascii_mask("...#."), 2, 0),  # 3 apart
+        (ascii_mask("#...."), ascii_mask("...#."), 3, 1),
+        (ascii_mask("#..", "...", "..#"), ascii_mask("...", ".#.", "..."), 1, 0),  # root 2 apart
+        (ascii_mask("#..", "...", "..#"), ascii_mask("...", ".#.", "..."), 1.5, 1),
+        # the hole's 4 boundary pixels are 3 from the outline, whose 32 pixels are in both
+        (BLOCK, HOLED, 2, 2 * (32 / 36) / (1 + 32 / 36)),
+        (BLOCK, HOLED, 3, 1),
+        # the image's border is a boundary: of 18 pixels, 9 are in both and 2 are beside one;
+        # the other mask's tenth pixel is beside one too
+        (FULL, LEFT, 0, 2 * (9 / 18) * (9 / 10) / (9 / 18 + 9 / 10)),
+        (FULL, LEFT, 1, 2 * (11 / 18) / (1 + 11 / 18)),
+    ],
+)
+def test_boundary_f1_by_hand(
+    a: np.ndarray, b: np.ndarray, tolerance: float, expected: float
+) -> None:
+    assert masks.boundary_f1(a, b, tolerance) == pytest.approx(expected)
+
+
+@given(st.data(), st.integers(0, 4))
+def test_boundary_f1_is_that_of_scipys_erosion_and_distance(
+    data: st.DataObject, tolerance: int
+) -> None:
+    a = data.draw(MASK)
+    b = data.draw(arrays.arrays(bool, a.shape).filter(np.any))
+    edge_a, edge_b = (mask & ~ndimage.binary_erosion(mask) for mask in (a, b))
+    near_a = ndimage.distance_transform_edt(~edge_a) <= tolerance
+    near_b = ndimage.distance_transform_edt(~edge_b) <= tolerance
+    precision, recall = near_b[edge_a].mean(), near_a[edge_b].mean()
+    expected = 2 * precision * recall / (precision + recall) if precision + recall else 0
+    assert masks.boundary_f1(a, b, tolerance) == pytest.approx(expected)
+    assert masks.boundary_f1(b, a, tolerance) == pytest.approx(expected)
+    assert masks.boundary_f1(a, b, tolerance + 1) >= expected - 1e-12
+    assert masks.boundary_f1(a, a, tolerance) == 1
+
+
+def test_boundary_f1_forgives_a_shift_within_the_tolerance() -> None:
+    """And no more: of a large square only the sides along the shift still match."""
+    square = filled((20, 20, 60, 60), 90, 90)
+    assert masks.boundary_f1(square, filled((22, 20, 62, 60), 90, 90)) == 1
+    far = masks.boundary_f1(square, filled((23, 20, 63, 60), 90, 90))
+    assert 0.4 < far < 0.6

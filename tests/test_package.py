@@ -116,8 +116,8 @@ def test_configurations_that_ship_are_found(installed: Path, tmp_path: Path) -> 
     path = installed / "pipeline" / "shipped" / "configs" / "demo.yaml"
     assert done.returncode == 2
     assert done.stderr.splitlines() == [
-        "pipeline run: --set segment.prompt: expected 'boxes', 'points' or 'boxes+points', "
-        "found 'x'"
+        "pipeline run: --set segment.prompt: expected 'boxes', 'points', 'boxes+points', "
+        "'masks' or 'boxes+masks', found 'x'"
     ]
     done = run(installed, tmp_path, *argv[:-2], "--fold", "x", "--set", "synth.size=1")
     assert "--fold: expected a whole number" in done.stderr

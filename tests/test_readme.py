@@ -30,7 +30,7 @@ TINY = {
 
 def test_readme_prints_every_command() -> None:
     printed = {shlex.split(line)[1] for line in COMMANDS}
-    assert set(TINY) | {"convert", "run"} <= printed
+    assert set(TINY) | {"convert", "measure", "run"} <= printed
     table = set(re.findall(r"^\| `pipeline ([a-z-]+)`", README, re.MULTILINE))
     assert table == set(cli.COMMANDS)
 

@@ -30,6 +30,17 @@ from pipeline.models.segmenter import DECODED_AT_ONCE, Segmenter
 
 CPU = torch.device("cpu")
 BOXES = np.array([[10, 20, 50, 40], [60, 5, 118, 90], [0, 0, 130, 100], [33.5, 60, 40, 71]], float)
+PROMPTS = ["boxes", "points", "boxes+points", "masks", "boxes+masks"]
+# Of each box: a mask somewhat smaller than it, and as many points as make batches of 2, 1 and 1.
+MASKS = np.stack(
+    [filled((x1 + 3, y1, x2 - 2, y2 - 5), 100, 130) for x1, y1, x2, y2 in BOXES.astype(int)]
+)
+POINTS = [
+    np.array([[30.0, 30, 1]]),
+    np.array([[80.5, 50, 1]]),
+    np.array([[20.0, 20, 1], [100, 80, 0]]),
+    np.array([[36.0, 65, 1], [39, 62, 0], [2, 3, 1]]),  # the last one lies far outside the box
+]
 PUBLISHED_BYTES = {
     "sam-vit-b": 375_042_383,
     "sam-vit-l": 1_249_524_607,
@@ -77,39 +88,136 @@ def encoded(lite: Sam) -> Iterator[list[torch.Tensor]]:
     hook.remove()
 
 
+@pytest.fixture
+def decoded(lite: Sam) -> Iterator[list[torch.Tensor]]:
+    """The decoder's logits, one tensor for each call."""
+    calls: list[torch.Tensor] = []
+    hook = lite.mask_decoder.register_forward_hook(lambda _, __, out: calls.append(out[0]))
+    yield calls
+    hook.remove()
+
+
 # ---- Parity with segment-anything ------------------------------------------------------------
 
 
-@pytest.mark.parametrize("prompt", ["boxes", "points", "boxes+points"])
-def test_parity_with_the_official_predictor(lite: Sam, prompt: str) -> None:
-    """All boxes at once on the whole image equal SamPredictor, which takes one box at a time."""
-    predictor = SamPredictor(lite)
-    predictor.set_image(picture()[..., ::-1])
-    found = Segmenter(LoadedSam(lite, "sam-lite", 0), None, CPU).segment(
-        picture(), detections(BOXES), prompt
-    )
-    tensor, size = prompting.encoder_input(lite, picture(), (0, 0, 130, 100))
-    corners = prompting.to_input_frame(BOXES.reshape(-1, 2, 2), (0, 0, 130, 100), size)
-    with torch.inference_mode():
-        boxes = torch.from_numpy(corners.reshape(-1, 4)).float()
-        prompts = prompting.encode_prompts(lite, boxes, prompt)
-        embeddings = lite.image_encoder(tensor[None]).expand(len(BOXES), -1, -1, -1)
-        logits, _ = prompting.decode(lite, embeddings, *prompts)
+@pytest.mark.parametrize("prompt", PROMPTS)
+@pytest.mark.parametrize("view", ["wide", "tall", "windows"])
+def test_parity_with_the_official_predictor(
+    lite: Sam, decoded: list[torch.Tensor], view: str, prompt: str
+) -> None:
+    """All boxes together equal SamPredictor, which takes one box at a time, to 1e-4 in logits."""
+    image, shown = picture(), detections(BOXES)
+    shown.mask, shown.data["points"] = MASKS, POINTS
+    if view == "tall":
+        image = np.ascontiguousarray(image.swapaxes(0, 1))
+        shown.xyxy, shown.mask = shown.xyxy[:, [1, 0, 3, 2]], MASKS.swapaxes(1, 2)
+        shown.data["points"] = [points[:, [1, 0, 2]] for points in POINTS]
+    height, width = image.shape[:2]
+    windows = [(0, 0, width, height)] * len(BOXES)
+    if view == "windows":
+        last = (0, 0, 102, 100) if "points" in prompt else (12, 41, 60, 89)
+        windows = [(0, 0, 60, 60), (2, 0, 130, 100), (0, 0, 130, 100), last]
+    loaded = LoadedSam(lite, "sam-lite", 1.5 if view == "windows" else 0)
+    found = Segmenter(loaded, None, CPU).segment(image, shown, prompt)
+    logits = torch.cat(decoded)
     found_masks = np.asarray(found.mask)
     assert found_masks.any() and not found_masks.all()
-    for i, box in enumerate(BOXES):
+    assert len(logits) == len(BOXES)
+    predictor = SamPredictor(lite)
+    for i, window in enumerate(windows):
+        x1, y1, x2, y2 = window
+        predictor.set_image(image[y1:y2, x1:x2, ::-1])
+        points, mask = shown.data["points"][i], shown.mask[i : i + 1]
         masks, quality, low_resolution = predictor.predict(
-            point_coords=(box[:2] + box[2:])[None] / 2 if "points" in prompt else None,
-            point_labels=np.ones(1) if "points" in prompt else None,
-            box=box if "boxes" in prompt else None,
+            point_coords=points[:, :2] - [x1, y1] if "points" in prompt else None,
+            point_labels=points[:, 2] if "points" in prompt else None,
+            box=shown.xyxy[i] - [x1, y1, x1, y1] if "boxes" in prompt else None,
+            mask_input=prompting.mask_logits(lite, mask, window, predictor.input_size)[0].numpy()
+            if "masks" in prompt
+            else None,
             multimask_output=False,
             return_logits=True,
         )
         np.testing.assert_allclose(logits[i].numpy(), low_resolution, atol=1e-4)
         sure = np.abs(masks[0] - lite.mask_threshold) > 1e-4
-        np.testing.assert_array_equal(found_masks[i][sure], (masks[0] > lite.mask_threshold)[sure])
+        inside = found_masks[i, y1:y2, x1:x2]
+        np.testing.assert_array_equal(inside[sure], (masks[0] > lite.mask_threshold)[sure])
         assert sure.mean() > 0.99
+        assert found_masks[i].sum() == inside.sum()
         assert found.data["quality"][i] == pytest.approx(np.clip(quality[0], 0, 1), abs=1e-4)
+
+
+@pytest.mark.parametrize("prompt", ["points", "boxes+points"])
+def test_without_points_the_centre_is_shown(lite: Sam, prompt: str) -> None:
+    """Also of those boxes that have none among others that do."""
+    bare, mixed, full = detections(BOXES), detections(BOXES), detections(BOXES)
+    centres = [np.array([[*(box[:2] + box[2:]) / 2, 1]]) for box in BOXES]
+    full.data["points"] = centres
+    mixed.data["points"] = [centres[0], np.empty((0, 3)), *centres[2:]]
+    segmenter = Segmenter(LoadedSam(lite, "sam-lite", 1.5), None, CPU)
+    expected = segmenter.segment(picture(), full, prompt).data["quality"]
+    for given_ in (bare, mixed):
+        quality = segmenter.segment(picture(), given_, prompt).data["quality"]
+        np.testing.assert_allclose(quality, expected, atol=1e-5)
+
+
+def test_a_prompt_of_boxes_shows_neither_points_nor_masks(lite: Sam) -> None:
+    plain, more = detections(BOXES), detections(BOXES)
+    more.mask, more.data["points"] = MASKS, POINTS
+    segmenter = Segmenter(LoadedSam(lite, "sam-lite", 1.5), None, CPU)
+    expected, found = (segmenter.segment(picture(), given_) for given_ in (plain, more))
+    np.testing.assert_array_equal(np.asarray(found.mask), np.asarray(expected.mask))
+
+
+def test_logits_of_a_first_decode_are_the_next_ones_prompt(lite: Sam) -> None:
+    """As the official predictor does it; and gradients reach all that took part."""
+    whole = (0, 0, 130, 100)
+    tensor, size = prompting.encoder_input(lite, picture(), whole)
+    corners = prompting.to_input_frame(BOXES.reshape(-1, 2, 2), whole, size)
+    boxes = torch.from_numpy(corners.reshape(-1, 4)).float()
+    with torch.no_grad():
+        embeddings = lite.image_encoder(tensor[None]).expand(len(BOXES), -1, -1, -1)
+    first, _ = prompting.decode(lite, embeddings, *prompting.encode_prompts(lite, boxes, "boxes"))
+    prompts = prompting.encode_prompts(lite, boxes, "boxes+masks", masks=first)
+    second, _ = prompting.decode(lite, embeddings, *prompts)
+    predictor = SamPredictor(lite)
+    predictor.set_image(picture()[..., ::-1])
+    for i, box in enumerate(BOXES):
+        _, _, logits = predictor.predict(box=box, multimask_output=False)
+        _, _, logits = predictor.predict(box=box, mask_input=logits, multimask_output=False)
+        np.testing.assert_allclose(second[i].detach().numpy(), logits, atol=1e-4)
+    assert not torch.allclose(first, second, atol=1e-2)
+    took_part = [
+        first,
+        lite.prompt_encoder.mask_downscaling[0].weight,
+        lite.mask_decoder.mask_tokens.weight,
+    ]
+    for gradient in torch.autograd.grad(second.square().mean(), took_part):
+        assert gradient.isfinite().all() and gradient.abs().max() > 0
+
+
+def test_mask_logits_by_hand(lite: Sam) -> None:
+    """A window as large as the input, whose cells are two by two pixels; below it is padding."""
+    mask = np.random.default_rng(0).random((1, 150, 300)) < 0.5
+    logits = prompting.mask_logits(lite, mask, (20, 10, 276, 138), (128, 256))
+    covered = mask[0, 10:138, 20:276].reshape(64, 2, 128, 2).mean(axis=(1, 3))
+    expected = np.full((128, 128), -10.0)
+    expected[:64] = 20 * covered - 10
+    np.testing.assert_allclose(logits[0, 0].numpy(), expected, atol=1e-5)
+    assert logits.shape == (1, 1, 128, 128)
+
+
+@pytest.mark.parametrize("window", [(0, 0, 130, 100), (12, 41, 60, 89), (90, 0, 130, 100)])
+def test_mask_logits_are_what_the_decoder_would_have_given(lite: Sam, window: Window) -> None:
+    """Brought back to the window as the decoder's logits are, they are the mask."""
+    x1, y1, x2, y2 = window
+    _, size = prompting.encoder_input(lite, picture(), window)
+    box = (x1 + 5, y1 + 8, x2 - 12, y2 - 20)
+    masks = np.stack([filled(box, 100, 130), np.zeros((100, 130), bool)])
+    logits = prompting.mask_logits(lite, masks, window, size)
+    back = lite.postprocess_masks(logits, size, (y2 - y1, x2 - x1))[:, 0].numpy() > 0
+    assert iou(back[0], masks[0, y1:y2, x1:x2]) > 0.97
+    assert (logits[1] == -prompting.MASK_LOGIT).all()
 
 
 def test_decoding_many_images_equals_the_decoder_called_for_each(lite: Sam) -> None:
@@ -221,7 +329,7 @@ def test_encoder_input_is_the_window_resized_normalised_and_padded(lite: Sam) ->
 def fill_boxes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the decoder segment exactly what lies in each box."""
 
-    def encode_prompts(sam: Sam, boxes: torch.Tensor, prompt: str) -> tuple[torch.Tensor, ...]:
+    def encode_prompts(sam: Sam, boxes: torch.Tensor, *_: Any) -> tuple[torch.Tensor, ...]:
         return boxes, boxes
 
     def decode(sam: Sam, embeddings: torch.Tensor, boxes: torch.Tensor, _: Any) -> Any:
@@ -312,20 +420,27 @@ def test_each_window_is_encoded_once(
     assert (found.mask is None) == (len(boxes) == 0)
 
 
-def test_detections_stay_in_order_with_all_that_they_carry(lite: Sam) -> None:
+@pytest.mark.parametrize("prompt", PROMPTS)
+@pytest.mark.parametrize("zoom", [0, 1.5])
+def test_detections_stay_in_order_with_all_that_they_carry(
+    lite: Sam, prompt: str, zoom: float
+) -> None:
     """More boxes than are decoded at once, in few windows: as if each had come alone."""
     boxes = np.tile(BOXES, (5, 1))[: 2 * DECODED_AT_ONCE + 1]
     given_ = detections(boxes)
+    points = [POINTS[3], np.empty((0, 3)), POINTS[2], POINTS[0]]  # in no order of their number
+    given_.mask = np.tile(MASKS, (5, 1, 1))[: len(boxes)]
+    given_.data["points"] = (points * 5)[: len(boxes)]
     given_.data["name"] = np.array([f"box {i}" for i in range(len(boxes))])
-    segmenter = Segmenter(LoadedSam(lite, "sam-lite", 1.5), None, CPU)
-    found = segmenter.segment(picture(), given_)
+    segmenter = Segmenter(LoadedSam(lite, "sam-lite", zoom), None, CPU)
+    found = segmenter.segment(picture(), given_, prompt)
     assert found.mask is not None
     np.testing.assert_array_equal(found.xyxy, given_.xyxy)
     np.testing.assert_array_equal(found.class_id, given_.class_id)
     np.testing.assert_array_equal(found.confidence, given_.confidence)
     np.testing.assert_array_equal(found.data["name"], given_.data["name"])
     for i in range(len(BOXES)):
-        alone = segmenter.segment(picture(), detections(boxes[i : i + 1]))
+        alone = segmenter.segment(picture(), given_[i : i + 1], prompt)
         assert alone.mask is not None
         assert iou(np.asarray(found.mask[i]), np.asarray(alone.mask[0])) > 0.999
         assert found.data["quality"][i] == pytest.approx(alone.data["quality"][0], abs=1e-5)

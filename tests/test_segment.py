@@ -18,15 +18,15 @@ from pycocotools.coco import COCO
 from rectangles import CLASSES, Defects, draw, filled, write_dataset
 
 from pipeline import cli
-from pipeline.config import SegmentConfig, build
+from pipeline.config import EvaluateConfig, OverlayConfig, SegmentConfig, build
 from pipeline.data import predictions
 from pipeline.data.files import decode, read_image, read_json, write_json
-from pipeline.data.masks import decode_rle
+from pipeline.data.masks import decode_rle, encode_rle
 from pipeline.data.video import VideoWriter
 from pipeline.errors import UserError
 from pipeline.models import sam as sams
 from pipeline.models import sam_lite
-from pipeline.stages import segment
+from pipeline.stages import evaluate, overlay, segment
 
 # Images 1 and 2 are the val split; 3 to 5 the test split.
 VAL: tuple[Defects, ...] = ([("scratch", (10, 12, 40, 30))], [])
@@ -55,7 +55,13 @@ def sam(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture
-def box_filler(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def shown() -> list[tuple[Any, Any]]:
+    """The masks and points that `box_filler` was given, one pair per image."""
+    return []
+
+
+@pytest.fixture
+def box_filler(monkeypatch: pytest.MonkeyPatch, shown: list[tuple[Any, Any]]) -> list[str]:
     """In place of a SAM: each box, filled. Gives the prompts it was asked with, one per image."""
     prompts: list[str] = []
 
@@ -65,6 +71,7 @@ def box_filler(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
         def segment(self, image: np.ndarray, found: sv.Detections, prompt: str) -> sv.Detections:
             prompts.append(prompt)
+            shown.append((found.mask, found.data.get("points")))
             boxes = [tuple(map(int, box)) for box in found.xyxy]
             masks = [filled(box, *image.shape[:2]) for box in boxes]  # type: ignore[arg-type]
             found.mask = np.stack(masks) if masks else None
@@ -222,6 +229,132 @@ def test_a_bad_boxes_file_exits_with_2(
     assert stopped.value.code == 2
     assert f"pipeline segment: {path}: {problem}" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def rle(box: tuple[int, int, int, int], height: int = HEIGHT, width: int = WIDTH) -> Entry:
+    return encode_rle(filled(box, height, width))
+
+
+@pytest.mark.parametrize("prompt", ["boxes", "points", "boxes+points", "masks", "boxes+masks"])
+def test_the_prompt_takes_points_and_masks_of_the_boxes_file(
+    dataset: Path, tmp_path: Path, box_filler: list[str], shown: list[Any], prompt: str
+) -> None:
+    """And leaves alone what it does not ask for: that may be anything."""
+    points = {"points": [[3, 4, 1], [40.5, 50, 0]]} if "points" in prompt else {"points": "x"}
+    seen = {"segmentation": rle((1, 1, 9, 9))} if "masks" in prompt else {"segmentation": "x"}
+    other = {"segmentation": rle((2, 2, 5, 8))} if "masks" in prompt else {}
+    entries = [
+        {**entry(3, 1, (1, 1, 9, 9), 0.3), **seen, **points},
+        {**entry(3, 2, (2, 2, 9, 9), 0.8), **other},
+    ]
+    path = boxes_file(tmp_path / "boxes", entries)
+    run(dataset, tmp_path / "out", path, prompt=prompt, splits=("test",))
+    assert box_filler == [prompt] * 3
+    masks, given = shown[0]  # the better one comes first
+    if "points" in prompt:
+        assert [own.tolist() for own in given] == [[], points["points"]]
+        assert given[0].shape == (0, 3)
+    else:
+        assert given is None
+    if "masks" in prompt:
+        boxes = ((2, 2, 5, 8), (1, 1, 9, 9))
+        np.testing.assert_array_equal(masks, [filled(box, HEIGHT, WIDTH) for box in boxes])
+    else:
+        assert masks is None
+    assert all(len(masks or ()) == 0 for masks, _ in shown[1:])
+
+
+@pytest.mark.parametrize("prompt", ["masks", "boxes+masks"])
+def test_a_second_pass_starts_from_the_first_ones_masks(
+    dataset: Path, tmp_path: Path, sam: str, prompt: str
+) -> None:
+    """With a real network: the first pass's results are input as they are, and they count."""
+    first = run(dataset, tmp_path / "first", sam=sam)
+    again = run(dataset, tmp_path / "again", tmp_path / "first/predictions.json", sam=sam,
+                prompt=prompt)  # fmt: skip
+    assert brief(again) == brief(first)
+    emptied = [{**e, "segmentation": rle((0, 0, 0, 0))} for e in first]
+    path = boxes_file(tmp_path / "boxes", emptied)
+    empty = run(dataset, tmp_path / "empty", path, sam=sam, prompt=prompt)
+    for one, other in zip(again, empty, strict=True):
+        assert one["segmentation"] != other["segmentation"]
+
+
+OTHER_SIZE = rle((1, 1, 9, 9), WIDTH, HEIGHT)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "change", "problem"),
+    [
+        ("masks", {}, "entry 1: expected segmentation, found none"),
+        ("boxes+masks", {}, "entry 1: expected segmentation, found none"),
+        ("masks", {"segmentation": None}, "entry 1: segmentation: expected COCO's compressed run"),
+        ("masks", {"segmentation": [[1, 2, 3, 4, 5, 6]]}, "entry 1: segmentation: expected COCO's"),
+        ("masks", {"segmentation": OTHER_SIZE}, "image 3, bbox [2, 2, 7, 7]: segmentation: "
+         "expected run lengths of a mask of 72 rows and 96 columns, found {"),
+        ("masks", {"segmentation": {"size": [72, 96], "counts": "12"}}, "image 3, bbox [2, 2, 7, "),
+        ("points", {"points": []}, "entry 1: points: expected a list of [x, y, label] with label"),
+        ("points", {"points": None}, "entry 1: points: expected a list of [x, y, label]"),
+        ("points", {"points": [1, 2, 1]}, "entry 1: points: expected a list of [x, y, label]"),
+        ("points", {"points": [[1, 2]]}, "entry 1: points: expected a list of [x, y, label]"),
+        ("points", {"points": [[1, 2, 3]]}, "entry 1: points: expected a list of [x, y, label]"),
+        ("points", {"points": [[1, 2, -1]]}, "entry 1: points: expected a list of [x, y, label]"),
+        ("boxes+points", {"points": [[float("nan"), 2, 1]]}, "entry 1: points: expected a list"),
+        ("boxes+points", {"points": [[1, float("inf"), 1]]}, "entry 1: points: expected a list"),
+        ("points", {"points": [[1, 2, 1], [96, 2, 1]]}, "image 3, bbox [2, 2, 7, 7]: points: "
+         "expected points in an image of 96 x 72 pixels, found [96, 2, 1]"),
+        ("points", {"points": [[1, -0.5, 1]]}, "image 3, bbox [2, 2, 7, 7]: points: expected"),
+    ],
+)  # fmt: skip
+def test_bad_points_and_masks_exit_with_2_and_lose_nothing(
+    dataset: Path,
+    tmp_path: Path,
+    box_filler: list[str],
+    capsys: pytest.CaptureFixture[str],
+    prompt: str,
+    change: Entry,
+    problem: str,
+) -> None:
+    out = tmp_path / "out"
+    before = run(dataset, out)
+    good = {"segmentation": rle((1, 1, 9, 9)), "points": [[95.5, 71.5, 0]]}
+    entries = [
+        {**entry(3, 1, (1, 1, 9, 9), 0.3), **good},
+        {**entry(3, 2, (2, 2, 9, 9), 0.8), **change},
+    ]
+    path = tmp_path / "boxes.json"
+    path.write_text(json.dumps(entries))
+    options = ["--source", str(dataset), "--boxes", str(path), "--out", str(out), "--force"]
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["segment", *options, "--prompt", prompt])
+    assert stopped.value.code == 2
+    assert f"pipeline segment: {path}: {problem}" in capsys.readouterr().err
+    assert read_json(out / "predictions.json") == before
+    assert (out / "run.json").is_file()
+
+
+def test_masks_of_images_of_another_size(tmp_path: Path, box_filler: list[str]) -> None:
+    """Where only the image itself tells its size."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    cv2.imwrite(str(folder / "a.png"), draw([], 40, 60))
+    entries = [{**entry(1, 1, (1, 1, 9, 9), 0.3), "segmentation": rle((1, 1, 9, 9))}]
+    path = boxes_file(tmp_path / "boxes", entries)
+    with pytest.raises(UserError, match=r"image 1, .* expected run lengths of a mask of 40 rows"):
+        run(folder, tmp_path / "out", path, prompt="masks")
+    assert not (tmp_path / "out" / "predictions.json").exists()
+
+
+@pytest.mark.parametrize("boxes", ["truth", "best.pt"])
+def test_masks_need_a_boxes_file(
+    dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], boxes: str
+) -> None:
+    options = ["--source", str(dataset), "--boxes", boxes, "--out", str(tmp_path / "out")]
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["segment", *options, "--prompt", "boxes+masks"])
+    assert stopped.value.code == 2
+    problem = "--prompt: expected boxes of a COCO results file for masks, found 'boxes+masks'"
+    assert problem in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -403,6 +536,72 @@ def test_mask_pngs_are_label_maps(dataset: Path, tmp_path: Path, box_filler: lis
     np.testing.assert_array_equal(labels, expected)
     empty = decode(tmp_path / "out" / "masks" / "good__003.png", cv2.IMREAD_UNCHANGED)
     assert empty.shape == (HEIGHT, WIDTH) and not empty.any()
+
+
+def test_equal_scores_in_a_mask_png(dataset: Path, tmp_path: Path, box_filler: list[str]) -> None:
+    """The earlier one wins, as in `--overlaps resolve`."""
+    box = (10, 10, 40, 40)
+    entries = [entry(3, 2, box, 0.5), entry(3, 1, box, 0.5)]
+    run(dataset, tmp_path / "out", boxes_file(tmp_path / "boxes", entries), masks=True)
+    labels = decode(tmp_path / "out" / "masks" / "stain__002.png", cv2.IMREAD_UNCHANGED)
+    np.testing.assert_array_equal(labels, 2 * filled(box, HEIGHT, WIDTH))
+
+
+def test_overlaps_are_resolved_within_a_class_when_asked(
+    dataset: Path, tmp_path: Path, box_filler: list[str]
+) -> None:
+    """A mask that is left empty stays in the results, and every stage takes it."""
+    over, under, inside, other = (
+        (10, 10, 40, 40),
+        (30, 20, 70, 60),
+        (32, 22, 38, 38),
+        (5, 5, 60, 50),
+    )
+    entries = [
+        entry(3, 2, over, 0.9), entry(3, 2, under, 0.8), entry(3, 2, inside, 0.7),
+        entry(3, 1, other, 0.6),
+    ]  # fmt: skip
+    path = boxes_file(tmp_path / "boxes", entries)
+    kept = run(dataset, tmp_path / "kept", path)
+    full = [filled(box, HEIGHT, WIDTH) for box in (over, under, inside, other)]
+    for result, mask in zip(kept, full, strict=True):
+        np.testing.assert_array_equal(decode_rle(result["segmentation"]), mask)
+    resolved = run(dataset, tmp_path / "resolved", path, overlaps="resolve", masks=True)
+    expected = [full[0], full[1] & ~full[0], np.zeros((HEIGHT, WIDTH), bool), full[3]]
+    for result, mask in zip(resolved, expected, strict=True):
+        np.testing.assert_array_equal(decode_rle(result["segmentation"]), mask)
+    assert brief(resolved) == brief(kept)
+    values: Entry = {"predictions": tmp_path / "resolved"}
+    evaluate.run(build(EvaluateConfig, values | {"data": dataset, "out": tmp_path / "evaluation"}))
+    overlay.run(build(OverlayConfig, values | {"source": dataset, "out": tmp_path / "a.mp4"}))
+
+
+def test_islands_and_holes_go_when_asked(
+    dataset: Path, tmp_path: Path, box_filler: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before overlaps are resolved, so that afterwards there are none."""
+    square, hole, speck = (
+        filled(box, HEIGHT, WIDTH) for box in ((10, 10, 40, 40), (20, 20, 23, 23), (60, 60, 63, 63))
+    )
+    rough = (square & ~hole) | speck
+
+    class Rough:
+        def __init__(self, *_: object) -> None:
+            pass
+
+        def segment(self, image: np.ndarray, found: sv.Detections, prompt: str) -> sv.Detections:
+            found.mask = np.stack([rough, hole]) if len(found) else None
+            found.data["quality"] = np.full(len(found), 0.5, np.float32)
+            return found
+
+    monkeypatch.setattr(segment, "Segmenter", Rough)
+    entries = [entry(3, 2, (10, 10, 64, 64), 0.9), entry(3, 2, (20, 20, 23, 23), 0.8)]
+    path = boxes_file(tmp_path / "boxes", entries)
+    for below, expected in ((0, [rough, hole]), (9, [rough, hole]), (10, [square, hole & ~square])):
+        options: Entry = {"clean_below": below, "overlaps": "resolve"}
+        found = run(dataset, tmp_path / str(below), path, **options)
+        for result, mask in zip(found, expected, strict=True):
+            np.testing.assert_array_equal(decode_rle(result["segmentation"]), mask)
 
 
 def test_masks_of_images_that_differ_in_their_suffix(tmp_path: Path, box_filler: list[str]) -> None:

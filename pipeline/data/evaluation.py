@@ -18,6 +18,23 @@ from pipeline.data.dataset import GOOD, Sample
 from pipeline.data.decision import confusion_matrix, decision_scores
 from pipeline.data.matching import VERDICTS
 from pipeline.data.metrics import ImageResult
+from pipeline.data.quality import Judged
+
+
+@dataclass(frozen=True)
+class Review:
+    """Masks that are looked at because of their quality, and how many of the bad ones are."""
+
+    below: float  # the quality under which a mask is listed
+    reason: str
+    predictions: Judged | None  # None: no quality is known
+    truth_boxes: Judged | None
+
+    @property
+    def judged(self) -> dict[str, Judged]:
+        """What is known, by its key in metrics.json."""
+        parts = {"predictions": self.predictions, "truth_boxes": self.truth_boxes}
+        return {name: judged for name, judged in parts.items() if judged is not None}
 
 
 @dataclass(frozen=True)
@@ -31,6 +48,7 @@ class Measured:
     masks: COCOeval | None  # None: predictions without masks
     true_boxes: Sequence[np.ndarray] | None  # (2, n) IoU and Dice of the masks from n true boxes
     decisions: dict[str, np.ndarray]  # (images,) by model; good is 0, the classes follow
+    review: Review | None  # None: masks without quality
 
     @cached_property
     def labels(self) -> np.ndarray:
@@ -57,6 +75,7 @@ def figures(measured: Measured) -> dict[str, Any]:
         "box": _ap(measured.boxes, classes),
         "mask": None if masks is None else {**_ap(masks, classes), **_overlaps(measured)},
         "truth_boxes": None if measured.true_boxes is None else _truth_boxes(measured),
+        "review": None if measured.review is None else _review(measured.review),
         "good_images": _good_images(measured),
         "missed": _missed(measured),
         "verdicts": {name: verdicts.count(name) for name in VERDICTS},
@@ -103,6 +122,25 @@ def _truth_boxes(measured: Measured) -> dict[str, Any]:
         "dice": _number(metrics.nanmean(dices)),
         "iou_per_class": _mean_per_class(ious, measured.instance_classes, measured.classes),
     }
+
+
+def _review(review: Review) -> dict[str, Any]:
+    parts: dict[str, Any] = {"predictions": None, "truth_boxes": None}
+    for name, judged in review.judged.items():
+        listed, bad, on_nothing = judged.quality < review.below, judged.bad, judged.on_nothing
+        parts[name] = {
+            "masks": len(listed),
+            "listed": int(listed.sum()),
+            "bad": int(bad.sum()),
+            "caught": int((bad & listed).sum()),
+            "on_nothing": int(on_nothing.sum()),
+            "on_nothing_caught": int((on_nothing & listed).sum()),
+            "share_listed": _number(metrics.nanmean(listed.astype(float))),
+            "share_caught": _number(metrics.nanmean(listed[bad].astype(float))),
+            "mean_absolute_error": _number(judged.mean_absolute_error),
+            "spearman": _number(judged.spearman),
+        }
+    return {"below": review.below, "reason": review.reason, **parts}
 
 
 def _good_images(measured: Measured) -> dict[str, Any]:
@@ -156,6 +194,7 @@ def intervals(measured: Measured, resamples: int, seed: int) -> dict[str, list[f
         **({} if measured.masks is None else _resampled_ap("mask", measured.masks, counts)),
         **_resampled_means(measured, counts),
         **_resampled_decisions(measured, counts),
+        **({} if measured.review is None else _resampled_review(measured.review, counts)),
     }
     found = {key: metrics.percentile_interval(values) for key, values in drawn.items()}
     return {
@@ -185,6 +224,19 @@ def _resampled_means(measured: Measured, counts: np.ndarray) -> dict[str, np.nda
     if measured.true_boxes is not None:
         ious = [overlaps[0].sum() for overlaps in measured.true_boxes]
         found["truth_boxes.mean_iou"] = metrics.ratio(counts, ious, truths)
+    return found
+
+
+def _resampled_review(review: Review, counts: np.ndarray) -> dict[str, np.ndarray]:
+    found = {}
+    for name, judged in review.judged.items():
+        of_mask = counts[:, judged.image]  # a mask is drawn as often as its image
+        listed, bad = judged.quality < review.below, judged.bad
+        every, errors = np.ones(len(bad)), np.abs(judged.quality - judged.iou)
+        key = f"review.{name}"
+        found[f"{key}.share_listed"] = metrics.ratio(of_mask, listed, every)
+        found[f"{key}.share_caught"] = metrics.ratio(of_mask, listed & bad, bad)
+        found[f"{key}.mean_absolute_error"] = metrics.ratio(of_mask, errors, every)
     return found
 
 

@@ -24,6 +24,19 @@ def decode_rle(rle: dict[str, Any]) -> np.ndarray:
     return np.asarray(coco_mask.decode(rle), dtype=bool)
 
 
+def is_rle(value: Any, shape: tuple[int, int]) -> bool:
+    """Whether these are COCO's compressed run lengths of a (height, width) mask.
+
+    `decode_rle` itself would leave the pixels beyond the last run undefined.
+    """
+    try:
+        if tuple(value["size"]) != shape:
+            return False
+        return encode_rle(decode_rle(value))["counts"] == value["counts"]
+    except (TypeError, KeyError, ValueError):
+        return False
+
+
 def box_of(mask: np.ndarray) -> tuple[int, int, int, int]:
     """The smallest half-open box (x1, y1, x2, y2) of a mask. Raises `ValueError` if it is empty."""
     rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
@@ -59,6 +72,42 @@ def components(mask: np.ndarray, min_area: int = 0) -> tuple[list[np.ndarray], i
     return sorted(parts, key=lambda part: box_of(part)[1::-1]), joined
 
 
+def clean(mask: np.ndarray, below: int) -> np.ndarray:
+    """The mask without islands, and then without holes, of fewer than `below` pixels.
+
+    Islands are 8-connected; the largest one stays, however small it is. Holes are 4-connected parts
+    of the background that do not reach the border of the mask.
+    """
+    _, labels, stats, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8), connectivity=8)
+    areas = stats[:, cv2.CC_STAT_AREA]
+    stays = areas >= below
+    if len(areas) > 1:
+        stays[1 + np.argmax(areas[1:])] = True
+    stays[0] = False  # the background
+    mask = stays[labels]
+    _, labels, stats, _ = cv2.connectedComponentsWithStats((~mask).astype(np.uint8), connectivity=4)
+    left, top, width, height, area = stats.T
+    right, bottom = mask.shape[1] - left - width, mask.shape[0] - top - height
+    fills = (area < below) & (np.minimum.reduce([left, top, right, bottom]) > 0)
+    fills[0] = False  # the mask
+    return mask | fills[labels]
+
+
+def resolve_overlaps(instances: np.ndarray, classes: np.ndarray, scores: np.ndarray) -> np.ndarray:
+    """Instances (n, height, width) that share no pixel with another one of their class.
+
+    A pixel that several instances of a class claim goes to the one with the highest score; of equal
+    scores, to the earliest. So an instance may end without pixels. `classes` and `scores` are (n,).
+    """
+    resolved = instances.copy()
+    taken: dict[int, np.ndarray] = {}
+    for i in np.argsort(-scores, kind="stable"):
+        others = taken.setdefault(int(classes[i]), np.zeros(instances.shape[1:], bool))
+        resolved[i] &= ~others
+        others |= resolved[i]
+    return resolved
+
+
 def iou(a: np.ndarray, b: np.ndarray) -> float:
     """Intersection over union of two masks of one shape; 0 for two empty ones."""
     union = np.count_nonzero(a | b)
@@ -69,3 +118,34 @@ def dice(a: np.ndarray, b: np.ndarray) -> float:
     """Dice coefficient of two masks of one shape; 0 for two empty ones."""
     total = np.count_nonzero(a) + np.count_nonzero(b)
     return float(2 * np.count_nonzero(a & b) / total) if total else 0.0
+
+
+def boundary_f1(a: np.ndarray, b: np.ndarray, tolerance: float = 2.0) -> float:
+    """F1 of two masks' boundaries: how well the outlines of two masks of one shape agree.
+
+    A boundary pixel is a pixel of the mask that has one of its four neighbours, or the image's
+    border, on the outside. It is matched if a boundary pixel of the other mask is at most
+    `tolerance` pixels away, from centre to centre. F1 is the harmonic mean of both masks' matched
+    parts, so the order of the masks does not count; 0 if either mask is empty. Csurka et al., What
+    is a good evaluation measure for semantic segmentation?, BMVC 2013; with a tolerance in pixels,
+    as in DAVIS (Perazzi et al., CVPR 2016).
+    """
+    if not a.any() or not b.any():
+        return 0.0
+    edge_a, edge_b = _boundary(a), _boundary(b)
+    matched_a = float(np.mean(_distance_to(edge_b)[edge_a] <= tolerance))
+    matched_b = float(np.mean(_distance_to(edge_a)[edge_b] <= tolerance))
+    both = matched_a + matched_b
+    return 2 * matched_a * matched_b / both if both else 0.0
+
+
+def _boundary(mask: np.ndarray) -> np.ndarray:
+    """The pixels of a mask that have one of their four neighbours outside of it."""
+    cross = cv2.getStructuringElement(cv2.MORPH_CROSS, (3, 3))
+    inner = cv2.erode(mask.astype(np.uint8), cross, borderType=cv2.BORDER_CONSTANT, borderValue=0)
+    return mask & (inner == 0)
+
+
+def _distance_to(pixels: np.ndarray) -> np.ndarray:
+    """Euclidean distance of every pixel to the nearest of `pixels`, of which there are some."""
+    return cv2.distanceTransform((~pixels).astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)

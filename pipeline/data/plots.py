@@ -17,6 +17,14 @@ from pycocotools.cocoeval import COCOeval
 
 from pipeline.data.files import atomic_path
 from pipeline.data.metrics import average_precisions
+from pipeline.data.quality import BAD_IOU, Judged
+
+# One colour per class in all plots: the set of Okabe and Ito (2008), safe for colour-blind eyes,
+# with yellow last, for it is faint on white.
+COLOURS = (
+    "#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#D55E00", "#0072B2", "#000000", "#F0E442",
+)  # fmt: skip
+MARKERS = "osD^vP*X"
 
 
 def plot_pr_curves(
@@ -52,6 +60,7 @@ def _draw_pr_curves(
             recall,
             np.where(precision > 0, precision, np.nan),
             lw=width,
+            color=COLOURS[k % len(COLOURS)],
             label=f"{name}  AP50 {ap50[k]:.2f}",
             solid_capstyle="butt",
         )
@@ -72,6 +81,56 @@ def _draw_pr_curves(
             handle.set_linewidth(3)
     else:
         axis.text(0.5, 0.5, "no true defects", ha="center", va="center")
+
+
+def plot_quality(
+    path: Path, judged: Mapping[str, Judged], classes: Sequence[str], below: float
+) -> None:
+    """Predicted quality over true IoU: a panel per source of boxes, a point per mask.
+
+    Left of the line are the masks that are listed for review; in the shaded part, the bad ones
+    among them. On the diagonal, quality and IoU are equal.
+    """
+    titles = {"predictions": "masks in found boxes", "truth_boxes": "masks in true boxes"}
+    figure, axes = plt.subplots(
+        1, len(judged), figsize=(5.2 * len(judged), 5.0), squeeze=False, sharey=True
+    )
+    for axis, (name, masks) in zip(axes[0], judged.items(), strict=True):
+        _draw_quality(axis, masks, classes, below)
+        axis.set(title=titles[name], xlabel="predicted quality")
+        axis.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
+        axis.grid(alpha=0.3)
+    axes[0, 0].set_ylabel("true IoU")
+    _save(figure, path)
+
+
+def _draw_quality(axis: Axes, judged: Judged, classes: Sequence[str], below: float) -> None:
+    axis.plot([0, 1], [0, 1], color="grey", lw=1, zorder=1)
+    axis.axvline(below, color="black", ls="--", lw=1.2, label=f"review below {below:.2f}")
+    axis.fill_between(
+        [-0.02, below], -0.02, BAD_IOU, color="grey", alpha=0.15, lw=0, label="bad, and listed"
+    )
+    for k, name in enumerate(classes):
+        own = judged.class_id == k
+        if own.any():
+            axis.scatter(
+                judged.quality[own],
+                judged.iou[own],
+                s=42,
+                marker=MARKERS[k % len(MARKERS)],
+                color=COLOURS[k % len(COLOURS)],
+                edgecolors="black",
+                linewidths=0.5,
+                alpha=0.85,
+                zorder=3,
+                clip_on=False,
+                label=f"{name} ({own.sum()})",
+            )
+    error, rank = judged.mean_absolute_error, judged.spearman
+    figures = [f"mean error {error:.2f}"] * (not np.isnan(error))
+    figures += [f"Spearman {rank:.2f}"] * (not np.isnan(rank))
+    title = ", ".join(figures) or ("" if judged.iou.size else "no masks")
+    axis.legend(title=title, loc="upper left", fontsize=9, title_fontsize=9)
 
 
 def plot_confusions(

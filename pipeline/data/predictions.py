@@ -2,11 +2,15 @@
 
 predictions.json   COCO results: one entry per instance, with its score and mask
 images.json        COCO images and categories that the entries' ids refer to
+
+Entries that `pipeline segment` reads may also have `points`, a list of [x, y, label] in image
+pixels: SAM's label, 1 for foreground and 0 for background.
 """
 
 from __future__ import annotations
 
 import math
+import reprlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +19,7 @@ import numpy as np
 import supervision as sv
 
 from pipeline.data.files import read_json, write_json
-from pipeline.data.masks import decode_rle, encode_rle
+from pipeline.data.masks import decode_rle, encode_rle, is_rle
 from pipeline.errors import UserError
 
 PREDICTIONS = "predictions.json"
@@ -77,10 +81,16 @@ def read_images(folder: Path) -> tuple[tuple[str, ...], list[dict[str, Any]]]:
     return tuple(category["name"] for category in coco["categories"]), coco["images"]
 
 
-def read_results(path: Path) -> dict[int, list[dict[str, Any]]]:
-    """A COCO results file, grouped by image id. Raises `UserError` when it is not one."""
+def read_results(path: Path, prompt: str = "boxes") -> dict[int, list[dict[str, Any]]]:
+    """A COCO results file, grouped by image id. Raises `UserError` when it is not one.
+
+    With `masks` in the prompt, entries without a mask are an error, and with `points` those with
+    malformed points; `check_prompts` compares both with the image.
+    """
     entries = read_json(path)
     required = {"image_id", "category_id", "bbox", "score"}
+    required |= {"segmentation"} if "masks" in prompt else set()
+    checked = required | ({"points"} if "points" in prompt else set())
     if not isinstance(entries, list):
         raise UserError(f"{path}: expected a list of COCO results, found {type(entries).__name__}")
     grouped: dict[int, list[dict[str, Any]]] = {}
@@ -89,11 +99,35 @@ def read_results(path: Path) -> dict[int, list[dict[str, Any]]]:
         if missing:
             raise UserError(f"{path}: entry {i}: expected {', '.join(sorted(missing))}, found none")
         for key, (holds, expected) in _VALUES.items():
-            if not holds(entry[key]):
-                found = f"found {entry[key]!r}"
+            if key in checked and key in entry and not holds(entry[key]):
+                found = f"found {reprlib.repr(entry[key])}"
                 raise UserError(f"{path}: entry {i}: {key}: expected {expected}, {found}")
         grouped.setdefault(entry["image_id"], []).append(entry)
     return grouped
+
+
+def check_prompts(
+    path: Path, entries: Iterable[Mapping[str, Any]], prompt: str, shape: tuple[int, int]
+) -> None:
+    """Raise `UserError` if what the prompt shows of a (height, width) image does not fit it.
+
+    `entries` are those that `read_results` found for the image, with the same `prompt`.
+    """
+    height, width = shape
+    for entry in entries:
+        where = f"{path}: image {entry['image_id']}, bbox {entry['bbox']}"
+        if "masks" in prompt and not is_rle(entry["segmentation"], shape):
+            found = reprlib.repr(entry["segmentation"])
+            raise UserError(
+                f"{where}: segmentation: expected run lengths of a mask of {height} rows and "
+                f"{width} columns, found {found}"
+            )
+        for x, y, label in entry.get("points", ()) if "points" in prompt else ():
+            if not (0 <= x < width and 0 <= y < height):
+                raise UserError(
+                    f"{where}: points: expected points in an image of {width} x {height} pixels, "
+                    f"found {[x, y, label]}"
+                )
 
 
 def _is_number(value: object) -> bool:
@@ -106,9 +140,27 @@ def _is_box(value: object) -> bool:
     return min(value[2:]) >= 0
 
 
+def _is_rle(value: object) -> bool:
+    if not (isinstance(value, dict) and isinstance(value.get("size"), list)):
+        return False
+    return isinstance(value.get("counts"), str)
+
+
+def _is_points(value: object) -> bool:
+    return isinstance(value, list) and len(value) > 0 and all(map(_is_point, value))
+
+
+def _is_point(value: object) -> bool:
+    if not (isinstance(value, list) and len(value) == 3 and all(map(_is_number, value))):
+        return False
+    return value[2] in (0, 1)
+
+
 _VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "image_id": (lambda value: isinstance(value, int), "a whole number"),
     "category_id": (lambda value: isinstance(value, int) and value > 0, "a whole number above 0"),
     "bbox": (_is_box, "x, y, width and height in pixels"),
     "score": (_is_number, "a number"),
+    "segmentation": (_is_rle, "COCO's compressed run lengths, size and counts"),
+    "points": (_is_points, "a list of [x, y, label] with label 1 (foreground) or 0 (background)"),
 }

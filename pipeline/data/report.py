@@ -24,6 +24,8 @@ class Table:
 
 def tables(metrics: Metrics) -> list[Table]:
     found = [_headline(metrics), _per_class(metrics), _decisions(metrics), _recalls(metrics)]
+    if metrics["review"] is not None:
+        found.insert(1, _review(metrics))
     if metrics["published"] is not None:
         found.append(_published(metrics["published"]))
     return found
@@ -37,6 +39,8 @@ def markdown(metrics: Metrics) -> str:
         parts.append(f"## {table.title}")
         parts.append("\n".join("| " + " | ".join(map(_escape, line)) + " |" for line in lines))
     parts += ["## Plots", "![Precision and recall](pr_curves.png)", "![Confusion](confusion.png)"]
+    if metrics["review"] is not None:
+        parts.append("![Predicted quality and true IoU](quality.png)")
     if metrics["missed"]:
         parts.append("## Missed defects")
         parts.append(
@@ -81,6 +85,11 @@ def notes(metrics: Metrics) -> list[str]:
         f"A box counts from a score of {metrics['threshold']['value']:.3f}: "
         f"{metrics['threshold']['reason']}.",
     ]
+    if metrics["review"] is not None:
+        lines.append(
+            f"A mask is listed for review under a quality of {metrics['review']['below']:.3f}: "
+            f"{metrics['review']['reason']}. A bad mask has an IoU under 0.5 with the truth."
+        )
     if metrics["intervals"]:
         lines.append(
             f"In brackets: 95 % percentile bootstrap intervals, {metrics['resamples']} resamples "
@@ -114,6 +123,34 @@ def _headline(metrics: Metrics) -> Table:
     cells = [[name, _number(value), _interval(metrics, key)] for name, value, key in rows]
     cells.append(["Missed defects", f"{len(metrics['missed'])} of {metrics['instances']}", ""])
     return Table("Boxes and masks", ["measure", "value", "95 % interval"], cells)
+
+
+def _review(metrics: Metrics) -> Table:
+    """What the list catches; and how far a quality can be taken for the IoU."""
+    titles = {"predictions": "found boxes", "truth_boxes": "true boxes"}
+    known = [name for name in titles if metrics["review"][name] is not None]
+    measures = (
+        "Masks listed",
+        "Bad masks listed",
+        "Masks on no defect listed",
+        "Mean error of quality",
+        "Rank correlation of quality and IoU",
+    )
+    rows = zip(measures, *(_review_cells(metrics, name) for name in known), strict=True)
+    return Table("Mask quality", ["measure", *(titles[name] for name in known)], list(rows))
+
+
+def _review_cells(metrics: Metrics, name: str) -> list[str]:
+    part, key = metrics["review"][name], f"review.{name}"
+    cells = [
+        f"{part['listed']} of {part['masks']} {_interval(metrics, f'{key}.share_listed')}",
+        f"{part['caught']} of {part['bad']} {_interval(metrics, f'{key}.share_caught')}",
+        f"{part['on_nothing_caught']} of {part['on_nothing']}",
+        f"{_number(part['mean_absolute_error'])} "
+        f"{_interval(metrics, f'{key}.mean_absolute_error')}",
+        _number(part["spearman"]),
+    ]
+    return [cell.strip() for cell in cells]
 
 
 def _per_class(metrics: Metrics) -> Table:

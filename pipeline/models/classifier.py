@@ -10,11 +10,9 @@ import cv2
 import numpy as np
 import torch
 import torchvision
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 
-from pipeline.data.files import atomic_path
+from pipeline.data import tensors
 from pipeline.errors import UserError
 from pipeline.models import weights
 from pipeline.models.imagenet import LITE0_MEAN, LITE0_STD, efficientnet_lite0
@@ -113,21 +111,17 @@ def predict(model: Classifier, images: torch.Tensor, batch: int = 32) -> torch.T
 def save(model: Classifier, path: Path) -> None:
     """Write a safetensors file; its metadata says how to build the model."""
     about = {"model": model.name, "classes": model.classes, "image_size": model.image_size}
-    state = {key: value.contiguous() for key, value in model.state_dict().items()}
-    with atomic_path(path) as temporary:
-        # One entry alone: safetensors writes several in random order.
-        save_file(state, temporary, {"classifier": json.dumps(about)})
+    tensors.write(path, model.state_dict(), {"classifier": json.dumps(about)})
 
 
 def load(path: Path) -> Classifier:
     """Read what `save` wrote, on the CPU. Raises `UserError` when it is not such a file."""
+    state, metadata = tensors.read(path, "a classifier checkpoint")
     try:
-        with safe_open(path, framework="pt") as file:
-            about = json.loads((file.metadata() or {})["classifier"])
-            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        about = json.loads(metadata["classifier"])
         model = Classifier(about["model"], about["classes"], about["image_size"])
         model.load_state_dict(state)
-    except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
+    except (KeyError, ValueError, RuntimeError) as error:
         detail = " ".join(str(error).split())
         raise UserError(f"{path}: expected a classifier checkpoint, found {detail}") from None
     return model

@@ -13,10 +13,15 @@ import numpy as np
 import torch
 from segment_anything.modeling import Sam
 from segment_anything.utils.transforms import ResizeLongestSide
+from torch.nn import functional as F
 
 from pipeline.models.sam import WHOLE_IMAGE
 
 SMALLEST_WINDOW = 48  # pixels: around a tiny box, what the window shows must still make sense
+# Of the pixels in a mask that is shown to SAM, which knows logits of its own from training; those
+# outside have the negative. SAM 2 makes logits of binary masks with the same number
+# (`_use_mask_as_output` in its sam2_base.py; Ravi et al., arXiv 2408.00714).
+MASK_LOGIT = 10.0
 
 Window = tuple[int, int, int, int]  # half-open pixel box (x1, y1, x2, y2) of an image
 
@@ -61,21 +66,51 @@ def to_input_frame(points: np.ndarray, window: Window, input_size: tuple[int, in
     return (points - np.array([x1, y1])) * scale
 
 
+def mask_logits(
+    sam: Sam, masks: np.ndarray, window: Window, input_size: tuple[int, int]
+) -> torch.Tensor:
+    """SAM's mask prompts from binary masks: what it would have decoded, had it found them.
+
+    `masks` is (n, height, width) bool, of the whole image. Returns (n, 1, 4h, 4w) logits for an
+    embedding of (h, w), in the frame of the encoder's input: a cell has `MASK_LOGIT` if the mask
+    covers all of it, the negative if none of it, as in the padding, and in between by the part that
+    is covered.
+    """
+    x1, y1, x2, y2 = window
+    shown = torch.from_numpy(masks[:, None, y1:y2, x1:x2]).float().to(sam.device)
+    frame = F.interpolate(shown, input_size, mode="bilinear", antialias=True)
+    size = sam.image_encoder.img_size
+    frame = F.pad(frame, (0, size - input_size[1], 0, size - input_size[0]))
+    covered = F.interpolate(frame, sam.prompt_encoder.mask_input_size, mode="area")
+    return MASK_LOGIT * (2 * covered - 1)
+
+
 # ---- Decoding --------------------------------------------------------------------------------
 
 
-def encode_prompts(sam: Sam, boxes: torch.Tensor, prompt: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sparse (n, tokens, dim) and dense (n, dim, h, w) prompt embeddings of boxes.
+def encode_prompts(
+    sam: Sam,
+    boxes: torch.Tensor,
+    prompt: str,
+    points: torch.Tensor | None = None,
+    masks: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sparse (n, tokens, dim) and dense (n, dim, h, w) embeddings of the prompts for n masks.
 
-    `boxes` is (n, 4) in the input frame. `prompt` is `boxes`, `points` (their centres, as
-    foreground) or `boxes+points`.
+    `prompt` says what is shown: one of `boxes`, `points` and `masks`, or several, joined by `+`.
+    All are in the frame of the encoder's input: `boxes` is (n, 4). `points` is (n, k, 3): x, y and
+    SAM's label, 1 for foreground and 0 for background; without any, the centre of each box is shown
+    as foreground. `masks` is (n, 1, 4h, 4w) logits: those that `decode` gave earlier, or those of
+    `mask_logits`.
     """
-    centres = (boxes[:, None, :2] + boxes[:, None, 2:]) / 2
-    labels = torch.ones(len(boxes), 1, dtype=torch.int, device=boxes.device)
+    if points is None:
+        centres = (boxes[:, None, :2] + boxes[:, None, 2:]) / 2
+        points = torch.cat([centres, torch.ones_like(centres[..., :1])], dim=-1)
+    assert masks is not None or "masks" not in prompt
     sparse, dense = sam.prompt_encoder(
-        points=(centres, labels) if "points" in prompt else None,
+        points=(points[..., :2], points[..., 2]) if "points" in prompt else None,
         boxes=boxes if "boxes" in prompt else None,
-        masks=None,
+        masks=masks if "masks" in prompt else None,
     )
     return sparse, dense
 

@@ -15,7 +15,7 @@ import torch
 from segment_anything import sam_model_registry
 from segment_anything.modeling import Sam
 
-from pipeline.data.files import atomic_path
+from pipeline.data import tensors
 from pipeline.errors import UserError
 from pipeline.models import weights
 from pipeline.models.sam_lite import build_sam_lite
@@ -90,36 +90,31 @@ def load_sam(source: str, *, offline: bool = False) -> LoadedSam:
 
 def save_sam(path: Path, sam: Sam, architecture: str, zoom: float) -> None:
     """Write a SAM as safetensors in half precision."""
-    from safetensors.torch import save_file
-
-    state = {
-        key: value.half().contiguous() if value.is_floating_point() else value
-        for key, value in sam.state_dict().items()
-    }
-    with atomic_path(path) as temporary:
-        save_file(state, temporary, {"architecture": architecture, "zoom": str(zoom)})
+    state = {k: v.half() if v.is_floating_point() else v for k, v in sam.state_dict().items()}
+    tensors.write(path, state, {"architecture": architecture, "zoom": str(zoom)})
 
 
 def _read_state(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """The tensors of a checkpoint, in float32, and its metadata."""
-    from safetensors import SafetensorError, safe_open
+    if path.suffix == ".safetensors":
+        state, metadata = tensors.read(path, "a SAM checkpoint")
+    else:
+        state, metadata = _read_pickle(path), {}
+    return {k: v.float() if v.is_floating_point() else v for k, v in state.items()}, metadata
 
-    try:
-        if path.suffix == ".safetensors":
-            with safe_open(path, framework="pt") as file:
-                state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-                metadata = file.metadata() or {}
-        else:  # weights_only refuses pickles that hold more than data: they could run code
-            state, metadata = torch.load(path, map_location="cpu", weights_only=True), {}
+
+def _read_pickle(path: Path) -> dict[str, torch.Tensor]:
+    try:  # weights_only refuses pickles that hold more than data: they could run code
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise UserError(
             f"{path}: expected a SAM checkpoint of tensors alone, found other content"
         ) from None
-    except (SafetensorError, OSError, RuntimeError, ValueError, EOFError, KeyError) as error:
+    except (OSError, RuntimeError, ValueError, EOFError, KeyError) as error:
         raise UserError(f"{path}: expected a SAM checkpoint, found {_one_line(error)}") from None
     if not isinstance(state, dict) or not all(torch.is_tensor(v) for v in state.values()):
         raise UserError(f"{path}: expected a SAM checkpoint of tensors by name, found other data")
-    return {k: v.float() if v.is_floating_point() else v for k, v in state.items()}, metadata
+    return state
 
 
 def _one_line(error: Exception) -> str:

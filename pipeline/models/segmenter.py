@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from typing import cast
+
 import numpy as np
 import supervision as sv
 import torch
@@ -26,18 +29,23 @@ class Segmenter:
         """The same detections with masks (n, height, width) and SAM's IoU estimate as `quality`.
 
         `image` is (height, width, 3) uint8 BGR. Every window is encoded once for all its boxes;
-        without boxes nothing is encoded.
+        without boxes nothing is encoded. With `masks` in the prompt (see `encode_prompts`), the
+        detections' own masks are shown. With `points`, `data["points"]` is: for each box (k, 3) x,
+        y and label in image pixels; where there are none, its centre. A window holds its box and
+        the points.
         """
         masks = np.zeros((len(detections), *image.shape[:2]), bool)
         quality = np.zeros(len(detections), np.float32)
+        shown = _shown(detections, prompt)
         windows = [
-            prompting.window_around(box, image.shape[:2], self.zoom) for box in detections.xyxy
+            prompting.window_around(_around(box, points), image.shape[:2], self.zoom)
+            for box, points in zip(shown.xyxy, shown.data["points"], strict=True)
         ]
         for window in dict.fromkeys(windows):
             rows = [i for i, other in enumerate(windows) if other == window]
             x1, y1, x2, y2 = window
             masks[rows, y1:y2, x1:x2], quality[rows] = self._segment_window(
-                image, window, detections.xyxy[rows], prompt
+                image, window, _some(shown, rows), prompt
             )
         return sv.Detections(
             xyxy=detections.xyxy,
@@ -48,23 +56,72 @@ class Segmenter:
         )
 
     def _segment_window(
-        self, image: np.ndarray, window: prompting.Window, boxes: np.ndarray, prompt: str
+        self, image: np.ndarray, window: prompting.Window, shown: sv.Detections, prompt: str
     ) -> tuple[np.ndarray, np.ndarray]:
+        """Masks (n, height, width) of the window, and their IoU estimates (n,)."""
         sam = self._sam
         tensor, input_size = prompting.encoder_input(sam, image, window)
         embedding = sam.image_encoder(tensor[None])
-        corners = prompting.to_input_frame(boxes.reshape(-1, 2, 2), window, input_size).reshape(
-            -1, 4
-        )
-        prompts = torch.from_numpy(corners).float().to(tensor.device)
         x1, y1, x2, y2 = window
-        masks, quality = [], []
-        for some in prompts.split(DECODED_AT_ONCE):
-            sparse, dense = prompting.encode_prompts(sam, some, prompt)
+        masks = np.empty((len(shown), y2 - y1, x2 - x1), bool)
+        quality = np.empty(len(shown), np.float32)
+        for rows in _batches([len(points) for points in shown.data["points"]]):
+            sparse, dense = self._encode_prompts(_some(shown, rows), window, input_size, prompt)
             logits, iou = prompting.decode(
-                sam, embedding.expand(len(some), -1, -1, -1), sparse, dense
+                sam, embedding.expand(len(rows), -1, -1, -1), sparse, dense
             )
-            logits = sam.postprocess_masks(logits, input_size, (y2 - y1, x2 - x1))
-            masks.append((logits[:, 0] > sam.mask_threshold).cpu().numpy())
-            quality.append(iou[:, 0].clamp(0, 1).cpu().numpy())
-        return np.concatenate(masks), np.concatenate(quality)
+            logits = sam.postprocess_masks(logits, input_size, masks.shape[1:])
+            masks[rows] = (logits[:, 0] > sam.mask_threshold).cpu().numpy()
+            quality[rows] = iou[:, 0].clamp(0, 1).cpu().numpy()
+        return masks, quality
+
+    def _encode_prompts(
+        self,
+        shown: sv.Detections,
+        window: prompting.Window,
+        input_size: tuple[int, int],
+        prompt: str,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sparse and dense embeddings of what is shown, which has as many points for each box."""
+        corners = prompting.to_input_frame(shown.xyxy.reshape(-1, 2, 2), window, input_size)
+        boxes = self._tensor(corners.reshape(-1, 4))
+        points = masks = None
+        own = np.stack(list(shown.data["points"])).astype(float)
+        if own.size:
+            own[..., :2] = prompting.to_input_frame(own[..., :2], window, input_size)
+            points = self._tensor(own)
+        if shown.mask is not None:
+            whole = np.asarray(shown.mask)
+            masks = prompting.mask_logits(self._sam, whole, window, input_size)
+        return prompting.encode_prompts(self._sam, boxes, prompt, points, masks)
+
+    def _tensor(self, values: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(values).float().to(self._sam.device)
+
+
+def _shown(detections: sv.Detections, prompt: str) -> sv.Detections:
+    """What a prompt takes from detections: their boxes, points (empty: none given), masks."""
+    none = [np.empty((0, 3))] * len(detections)
+    return sv.Detections(
+        xyxy=detections.xyxy,
+        mask=detections.mask if "masks" in prompt else None,
+        data={"points": detections.data.get("points", none) if "points" in prompt else none},
+    )
+
+
+def _some(detections: sv.Detections, rows: list[int]) -> sv.Detections:
+    return cast(sv.Detections, detections[rows])  # its type also allows for keys of the data
+
+
+def _around(box: np.ndarray, points: np.ndarray) -> np.ndarray:
+    """The box (4,), grown so that it holds the pixels of the points (k, 3)."""
+    low, high = points[:, :2], points[:, :2] + 1
+    return np.hstack([np.vstack([box[:2], low]).min(0), np.vstack([box[2:], high]).max(0)])
+
+
+def _batches(points: Sequence[int]) -> Iterator[list[int]]:
+    """Rows that are decoded together: those with as many points, as SAM wants it."""
+    for count in sorted(set(points)):
+        rows = [i for i, own in enumerate(points) if own == count]
+        for start in range(0, len(rows), DECODED_AT_ONCE):
+            yield rows[start : start + DECODED_AT_ONCE]

@@ -19,6 +19,7 @@ import supervision as sv
 import torch
 from torch import nn
 
+from pipeline.data import tensors
 from pipeline.data.files import atomic_path
 from pipeline.errors import UserError
 from pipeline.models import weights
@@ -187,18 +188,14 @@ def finish_checkpoint(path: Path) -> WorldModel:
 
 def save_safetensors(model: WorldModel, path: Path, image_size: int) -> None:
     """Write a trained model in half precision, without pickles."""
-    from safetensors.torch import save_file
-
-    state = {k: v.contiguous() for k, v in model.state_dict().items()}
-    state["txt_feats"] = model.txt_feats.detach().contiguous()
+    state = {**model.state_dict(), "txt_feats": model.txt_feats.detach()}
     state = {k: v.half() if v.is_floating_point() else v for k, v in state.items()}
     metadata = {
         "architecture": _yaml_name(model),
         "classes": json.dumps(list(model.names.values())),
         "image_size": str(image_size),
     }
-    with atomic_path(path) as temporary:
-        save_file(state, temporary, metadata)
+    tensors.write(path, state, metadata)
 
 
 class Detector:
@@ -238,14 +235,8 @@ class Detector:
 
 
 def _read_safetensors(path: Path) -> WorldModel:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            state = {key: file.get_tensor(key).float() for key in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise UserError(f"{path}: expected safetensors, found {error}") from None
+    halves, metadata = tensors.read(path, "safetensors")
+    state = {key: value.float() for key, value in halves.items()}
     architecture = metadata.get("architecture", "none")
     if not SCRATCH.fullmatch(architecture):
         raise UserError(f"{path}: expected YOLO-World weights, found those of {architecture}")

@@ -1,12 +1,13 @@
 """`pipeline evaluate`: boxes, masks and the image decision, measured on one split.
 
 Output folder: metrics.json, report.md, images.csv (each image's verdict), pr_curves.png,
-confusion.png, config.yaml, run.json.
+confusion.png, quality.png (where there is a `review`), config.yaml, run.json.
 
 metrics.json. Null stands for a figure that the data do not define (the AP of a class without truth,
 false alarms without good images); `mask` is null for predictions without masks; `truth_boxes` and
-`published` are null where there are none. `<c>` is a defect class; `<m>` is `detector`, the name of
-a classifier, or `majority` (always the split's most frequent class, which is named in `.class`).
+`published` are null where there are none, `review` and its parts for masks without a quality. `<c>`
+is a defect class; `<m>` is `detector`, the name of a classifier, or `majority` (always the split's
+most frequent class, which is named in `.class`).
 
     split, fold, images, classes       name, fold or null, count of images, defect classes
     instances, instances_per_class.<c> count of true instances
@@ -15,6 +16,12 @@ a classifier, or `majority` (always the split's most frequent class, which is na
     mask.<the same>, .mean_iou_matched, .dice_matched, .mean_iou_all, .dice_all (an unmatched
         instance counts 0), .iou_per_class.<c> (all instances), .pixel_iou_per_class.<c> (pooled)
     truth_boxes.mean_iou, .dice, .iou_per_class.<c>    masks that were prompted with the true boxes
+    review.below, .reason              quality under which a mask is listed for review, and why
+    review.<s>.masks, .listed, .bad (IoU with the truth under 0.5), .caught (bad and listed),
+        .on_nothing (bad, for they touch no true instance of their class), .on_nothing_caught,
+        .share_listed, .share_caught, .mean_absolute_error and .spearman of quality and IoU;
+        <s>: `predictions` (masks from the score threshold on) or `truth_boxes`; the IoU is that
+        with the best true instance of the mask's class
     good_images.count, .false_alarms, .with_false_alarms, .false_alarms_per_image
     missed[].image_id, .image, .class, .bbox           true instances without a matching box
     verdicts.<verdict>                 count of images, see pipeline/data/matching.py
@@ -38,9 +45,9 @@ import supervision as sv
 
 from pipeline import record
 from pipeline.config import EvaluateConfig
-from pipeline.data import evaluation, metrics, plots, report
+from pipeline.data import evaluation, metrics, plots, quality, report
 from pipeline.data.dataset import GOOD, Dataset, Sample
-from pipeline.data.evaluation import Measured
+from pipeline.data.evaluation import Measured, Review
 from pipeline.data.files import read_json, write_json, write_text
 from pipeline.data.masks import dice, iou
 from pipeline.data.matching import match
@@ -54,6 +61,7 @@ from pipeline.data.predictions import (
 from pipeline.errors import UserError
 
 DEFAULT_THRESHOLD = 0.25
+DEFAULT_REVIEW_BELOW = 0.7
 CSV_COLUMNS = (
     "image_id", "file_name", "class", "decision", "verdict", "defects", "found", "boxes", "iou",
 )  # fmt: skip
@@ -87,6 +95,13 @@ class Predictions:
             kept = [{k: v for k, v in e.items() if k != "segmentation"} for e in kept]
         return from_coco_results(kept)
 
+    def judge(self, samples: Sequence[Sample], threshold: float = 0.0) -> quality.Judged | None:
+        """The masks from a score on, held against the truth; None where they have no quality."""
+        entries = [entry for s in samples for entry in self.results.get(s.image_id, ())]
+        if not entries or "segmentation" not in entries[0] or entries[0].get("quality") is None:
+            return None  # all entries are alike in that, see `_check_entries`
+        return quality.judge((s.truth, self.of(s, threshold)) for s in samples)
+
 
 def run(config: EvaluateConfig) -> None:
     """Measure predictions on a split. Raises `UserError` for input that does not fit together."""
@@ -94,8 +109,9 @@ def run(config: EvaluateConfig) -> None:
     samples = dataset.split(config.split, config.fold)
     if not samples:
         raise UserError(f"{config.data}: expected images in the {config.split} split, found none")
-    predictions = _read_predictions(config.predictions, dataset.classes, samples)
-    true_boxes = None
+    val = _val_samples(dataset, config.fold)
+    predictions = _read_predictions(config.predictions, dataset.classes, samples, val)
+    oracle = true_boxes = None
     if config.truth_boxes is not None:
         oracle = _read_predictions(config.truth_boxes, dataset.classes, samples)
         true_boxes = [_measure_truth_boxes(oracle, sample) for sample in samples]
@@ -103,9 +119,12 @@ def run(config: EvaluateConfig) -> None:
     record.claim(config.out, config.force)
     record.write_config(config.out, "evaluate", config)
 
-    threshold = _choose_threshold(config, dataset, predictions)
+    if not predictions.images.issuperset(sample.image_id for sample in val):
+        val = []
+    threshold = _choose_threshold(config, val, predictions)
+    review = _review(config, samples, val, predictions, oracle, threshold["value"])
     measured = _measure(
-        dataset.classes, samples, predictions, true_boxes, classifiers, threshold["value"]
+        dataset.classes, samples, predictions, true_boxes, classifiers, threshold["value"], review
     )
     shows_published = config.published and set(dataset.classes) == PUBLISHED_CLASSES
     values: dict[str, Any] = {
@@ -132,10 +151,21 @@ def run(config: EvaluateConfig) -> None:
 # Input
 
 
+def _val_samples(dataset: Dataset, fold: int | None) -> list[Sample]:
+    """The images that thresholds are chosen on, if there are any."""
+    try:
+        return dataset.split("val", fold)
+    except UserError:  # made without a val split
+        return []
+
+
 def _read_predictions(
-    folder: Path, classes: Sequence[str], samples: Sequence[Sample]
+    folder: Path, classes: Sequence[str], samples: Sequence[Sample], val: Sequence[Sample] = ()
 ) -> Predictions:
-    """Read a folder of `pipeline segment`. Raises `UserError` when it is not of these images."""
+    """Read a folder of `pipeline segment`. Raises `UserError` when it is not of these images.
+
+    It may lack images of `val`.
+    """
     found, images = read_images(folder)
     if found != tuple(classes):
         raise UserError(
@@ -145,8 +175,9 @@ def _read_predictions(
         image["id"]: (Path(image["file_name"]).name, image["width"], image["height"])
         for image in images
     }
+    by_id = {s.image_id: s for s in val if s.image_id in known} | {s.image_id: s for s in samples}
     problems = []
-    for sample in samples:
+    for sample in by_id.values():
         expected = (sample.path.name, sample.width, sample.height)
         image = known.get(sample.image_id)
         if image != expected:
@@ -157,7 +188,8 @@ def _read_predictions(
                 f"expected {name} with {width}x{height} pixels, found {other}"
             )
     results = read_results(folder / PREDICTIONS)
-    problems += _check_entries(folder / PREDICTIONS, results, len(classes), samples)
+    wanted = list(by_id.values())
+    problems += _check_entries(folder / PREDICTIONS, results, len(classes), wanted)
     if problems:
         raise UserError(*problems)
     return Predictions(frozenset(known), results)
@@ -168,7 +200,7 @@ def _check_entries(
 ) -> list[str]:
     """Problems of the results of these images, one line each."""
     problems = []
-    with_masks = 0
+    with_masks = with_quality = 0
     entries = [(sample, entry) for sample in samples for entry in results.get(sample.image_id, ())]
     for sample, entry in entries:
         where = f"{path}: image {sample.image_id}"
@@ -184,10 +216,15 @@ def _check_entries(
                     f"{where}: expected masks of {sample.height} rows and {sample.width} columns, "
                     f"found {size[0]} and {size[1]}"
                 )
-    if with_masks not in (0, len(entries)):
-        problems.append(
-            f"{path}: expected masks in all {len(entries)} entries or in none, found {with_masks}"
-        )
+        if (value := entry.get("quality")) is not None:
+            with_quality += 1
+            if not (isinstance(value, int | float) and 0 <= value <= 1):
+                problems.append(f"{where}: expected a quality of 0 to 1, found {value!r}")
+    for name, count in (("masks", with_masks), ("quality", with_quality)):
+        if count not in (0, len(entries)):
+            problems.append(
+                f"{path}: expected {name} in all {len(entries)} entries or in none, found {count}"
+            )
     return problems
 
 
@@ -224,25 +261,21 @@ def _read_classifiers(
 
 
 def _choose_threshold(
-    config: EvaluateConfig, dataset: Dataset, predictions: Predictions
+    config: EvaluateConfig, val: Sequence[Sample], predictions: Predictions
 ) -> dict[str, Any]:
     """The score from which a box counts, why, and its F1 where it was chosen on the val split."""
     if config.threshold is not None:
         return {"value": config.threshold, "reason": "as given", "f1": None}
-    try:
-        samples = dataset.split("val", config.fold)
-    except UserError:  # made without a val split
-        samples = []
-    if not samples or not predictions.images.issuperset(s.image_id for s in samples):
+    if not val:
         return _default_threshold("there are no predictions for a val split")
     scores: list[float] = []
     hit: list[bool] = []
-    for sample in samples:
+    for sample in val:
         found = {p for _, p in match(sample.truth, predictions.of(sample, masks=False))}
         entries = predictions.results.get(sample.image_id, [])
         scores += [entry["score"] for entry in entries]
         hit += [p in found for p in range(len(entries))]
-    truths = sum(len(sample.annotations) for sample in samples)
+    truths = sum(len(sample.annotations) for sample in val)
     best = metrics.best_threshold(np.array(scores), np.array(hit, bool), truths)
     if best is None:
         return _default_threshold("no defect of the val split is found at any score")
@@ -255,6 +288,30 @@ def _default_threshold(why: str) -> dict[str, Any]:
     return {"value": DEFAULT_THRESHOLD, "reason": f"the default, for {why}", "f1": None}
 
 
+def _review(
+    config: EvaluateConfig,
+    samples: Sequence[Sample],
+    val: Sequence[Sample],
+    predictions: Predictions,
+    oracle: Predictions | None,
+    threshold: float,
+) -> Review | None:
+    """The masks against their quality, and the quality under which one is for review."""
+    found = predictions.judge(samples, threshold)
+    from_truth = None if oracle is None else oracle.judge(samples)
+    if found is None and from_truth is None:
+        return None
+    if config.review_below is not None:
+        return Review(config.review_below, "as given", found, from_truth)
+    on_val = predictions.judge(val, threshold)
+    below = None if on_val is None else quality.review_threshold(on_val)
+    if below is None:
+        why = "no mask of a val split is badly drawn"
+        return Review(DEFAULT_REVIEW_BELOW, f"the default, for {why}", found, from_truth)
+    reason = "what lists every badly drawn mask of the val split"
+    return Review(below, reason, found, from_truth)
+
+
 # Measuring
 
 
@@ -265,6 +322,7 @@ def _measure(
     true_boxes: Sequence[np.ndarray] | None,
     classifiers: dict[str, np.ndarray],
     threshold: float,
+    review: Review | None,
 ) -> Measured:
     images = [
         metrics.measure_image(s.truth, predictions.of(s, threshold), len(classes)) for s in samples
@@ -280,7 +338,7 @@ def _measure(
         **classifiers,
         "majority": np.full(len(samples), np.argmax(np.bincount(labels))),
     }
-    return Measured(classes, samples, images, boxes, masks, true_boxes, decisions)
+    return Measured(classes, samples, images, boxes, masks, true_boxes, decisions, review)
 
 
 def _measure_truth_boxes(oracle: Predictions, sample: Sample) -> np.ndarray:
@@ -316,6 +374,11 @@ def _plot(out: Path, measured: Measured, values: dict[str, Any]) -> None:
         if name != "majority"
     }
     plots.plot_confusions(out / "confusion.png", confusions, (GOOD, *measured.classes))
+    (out / "quality.png").unlink(missing_ok=True)  # of an earlier run
+    if measured.review is not None:
+        plots.plot_quality(
+            out / "quality.png", measured.review.judged, measured.classes, measured.review.below
+        )
 
 
 def _images_csv(measured: Measured) -> str:

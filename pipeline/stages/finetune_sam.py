@@ -24,9 +24,10 @@ from pipeline.data import masks
 from pipeline.data.augment import vary_light
 from pipeline.data.dataset import Dataset, Sample
 from pipeline.errors import UserError
-from pipeline.models import prompting, sam_lite, training
+from pipeline.models import lora, prompting, sam_lite, training
 from pipeline.models import sam as sams
 from pipeline.models.device import has_fast_bfloat16, torch_device
+from pipeline.models.embedding_cache import CachedEncoder
 from pipeline.models.segmenter import Segmenter
 
 WEIGHT_DECAY = 1e-4
@@ -77,6 +78,8 @@ def run(config: FinetuneSamConfig) -> None:
         raise UserError(f"--resume: expected a checkpoint at {last}, found none")
     torch.manual_seed(config.seed)  # sam-lite-imagenet has a decoder of random weights
     loaded = sams.load_sam(config.model, offline=config.offline)
+    if config.train == "lora":
+        lora.add_lora(loaded.model)
     if not config.resume:
         record.claim(config.out, config.force)
         record.write_config(config.out, COMMAND, config)
@@ -133,7 +136,8 @@ def fit(
             val_iou = mean_iou(loaded, val, config.zoom)
             rows.append({"epoch": epoch, "train_loss": mean_loss, "val_iou": val_iou})
             if _since_best(rows) == 0:
-                sams.save_sam(config.out / BEST, sam, loaded.architecture, config.zoom)
+                best_sam = lora.merged(sam) if config.train == "lora" else sam
+                sams.save_sam(config.out / BEST, best_sam, loaded.architecture, config.zoom)
             training.write_results(config.out / "results.csv", rows)
             training.save_state(config.out / "last.pt", signature, sam, optimizer, scheduler, rows)
             progress.console.print(f"{text}  val mean IoU {val_iou:.3f}")
@@ -150,12 +154,15 @@ def _batches(count: int, config: FinetuneSamConfig, epoch: int) -> list[np.ndarr
 
 def _cached_embeddings(sam: Sam, train: list[Instance], config: FinetuneSamConfig) -> np.ndarray:
     """The frozen encoder's output for every copy, (n, dim, h, w) float16, in a file of the run."""
+    encoder = sam.image_encoder
+    if config.cache is not None:
+        encoder = CachedEncoder(encoder, config.cache, config.cache_gb)
     path = config.out / "embeddings.tmp"
     cache: np.ndarray | None = None
     for i in track(range(len(train) * config.repeats), description="encoding"):
         image = _training_example(sam, train, config, 0, i).image
         with torch.inference_mode(), _fast(sam):
-            embedding = sam.image_encoder(image[None])[0].float().cpu().numpy()
+            embedding = encoder(image[None])[0].float().cpu().numpy()
         if cache is None:
             shape = (len(train) * config.repeats, *embedding.shape)
             cache = np.memmap(path, np.float16, "w+", shape=shape)
@@ -315,6 +322,8 @@ def _trained_parameters(sam: Sam, config: FinetuneSamConfig) -> list[dict[str, A
     ]
     if config.train == "neck":
         groups.append({"params": list(sam.image_encoder.neck.parameters()), "lr": config.lr})
+    if config.train == "lora":
+        groups.append({"params": lora.lora_parameters(sam), "lr": config.lr})
     if config.train == "all":
         groups.append({"params": list(sam.prompt_encoder.parameters()), "lr": config.lr})
         encoder = list(sam.image_encoder.parameters())

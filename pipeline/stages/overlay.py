@@ -14,6 +14,7 @@ import supervision as sv
 from rich.console import Console
 from rich.progress import track
 
+from pipeline import record
 from pipeline.config import OverlayConfig
 from pipeline.data import masks
 from pipeline.data.dataset import Dataset, Sample
@@ -22,7 +23,6 @@ from pipeline.data.matching import match, verdict
 from pipeline.data.predictions import PREDICTIONS, from_coco_results, read_images, read_results
 from pipeline.data.video import VideoWriter, count_frames, frames, probe
 from pipeline.errors import UserError
-from pipeline.record import record_path, write_record
 
 SEVERITY = {"miss": 0, "wrong class": 0, "false alarm": 1, "hit": 2, "correct": 3}
 ERRORS = ("miss", "wrong class", "false alarm")
@@ -101,7 +101,7 @@ def run(config: OverlayConfig) -> None:
         assert predictions is not None  # or there would be nothing to caption
         reel = _plain_reel(config, predictions)
 
-    record_path(config.out).unlink(missing_ok=True)
+    record.record_path(config.out).unlink(missing_ok=True)
     if reel.length == 0:
         config.out.unlink(missing_ok=True)  # with --force, an older run's errors
         print("no errors: no video written")
@@ -110,7 +110,7 @@ def run(config: OverlayConfig) -> None:
         if verdicts := [f"{counts[word]} {word}" for word in SEVERITY if counts[word]]:
             print(", ".join(verdicts))
         print(f"video: {config.out} ({counts.total()} images)")
-    write_record(config.out, "overlay", config)
+    record.write_record(config.out, "overlay", config)
 
 
 def _film(
@@ -278,7 +278,4 @@ def _captions(config: OverlayConfig, has_truth: bool) -> tuple[str, ...]:
 def _check_out(config: OverlayConfig) -> None:
     if config.out.suffix.lower() != ".mp4":
         raise UserError(f"--out: expected a file ending in .mp4, found {config.out}")
-    if config.out.is_dir():
-        raise UserError(f"--out: expected a file, found the folder {config.out}")
-    if config.out.exists() and not config.force:
-        raise UserError(f"--out: {config.out} exists; give --force to replace it")
+    record.claim_file(config.out, config.force)

@@ -1,7 +1,7 @@
 """Boxes from a detector, a file or the truth; a pixel mask for each from SAM.
 
 Output folder: predictions.json and images.json (see `pipeline.data.predictions`), masks/ with
---masks, config.yaml, run.json.
+--masks, review.csv (masks of low quality) with --review-below, config.yaml, run.json.
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ from rich.progress import Progress
 
 from pipeline import record
 from pipeline.config import SegmentConfig
-from pipeline.data import predictions
+from pipeline.data import masks, predictions, quality
 from pipeline.data.dataset import Dataset, Sample
-from pipeline.data.files import atomic_path
+from pipeline.data.files import atomic_path, write_text
 from pipeline.data.video import Frame, count_frames, frames
 from pipeline.errors import UserError
 from pipeline.models import sam as sams
 from pipeline.models.device import torch_device
+from pipeline.models.embedding_cache import CachedEncoder
 from pipeline.models.segmenter import Segmenter
 
 COMMAND = "segment"
@@ -36,17 +37,22 @@ def run(config: SegmentConfig) -> None:
     dataset = Dataset(config.source) if (config.source / "annotations").is_dir() else None
     find_boxes, classes = _box_source(config, dataset)
     loaded = sams.load_sam(config.sam, offline=config.offline)
+    if config.cache is not None:
+        encoder = loaded.model.image_encoder
+        loaded.model.image_encoder = CachedEncoder(encoder, config.cache, config.cache_gb)
     segmenter = Segmenter(loaded, config.zoom, device)
     pictures, count = _pictures(config, dataset)
     record.claim(config.out, config.force)
     record.write_config(config.out, COMMAND, config)
     shutil.rmtree(config.out / "masks", ignore_errors=True)  # of an earlier run
+    (config.out / quality.REVIEW).unlink(missing_ok=True)
     results: list[dict[str, Any]] = []
     images: list[dict[str, Any]] = []
     with Progress() as progress:
         bar = progress.add_task("segmenting", total=count)
         for frame in pictures:
             found = segmenter.segment(frame.image, find_boxes(frame), config.prompt)
+            _tidy(found, config)
             results += predictions.coco_results(frame.image_id, found)
             height, width = frame.image.shape[:2]
             images.append(
@@ -58,6 +64,11 @@ def run(config: SegmentConfig) -> None:
                 _write_mask(config.out / "masks" / name, found, (height, width))
             progress.advance(bar)
     predictions.write_predictions(config.out, results, images, classes)
+    if config.review_below is not None:
+        listed = quality.review_list(results, config.review_below)
+        path = config.out / quality.REVIEW
+        write_text(path, quality.review_csv(listed, images, classes))
+        print(f"{len(listed)} masks under a quality of {config.review_below:g}: {path}")
     record.write_record(config.out, COMMAND, config)
     print(f"{len(results)} instances in {len(images)} images: {config.out}")
 
@@ -97,7 +108,12 @@ def _boxes_of(entries: Mapping[int, Sequence[dict[str, Any]]], config: SegmentCo
     def find(frame: Frame) -> sv.Detections:
         found = [e for e in entries.get(frame.image_id, ()) if e["score"] >= config.min_score]
         found = sorted(found, key=lambda entry: -entry["score"])[: config.max_boxes]
-        return predictions.from_coco_results([{**e, "segmentation": None} for e in found])
+        if "masks" not in config.prompt:  # they take time and memory to decode
+            found = [{**e, "segmentation": None} for e in found]
+        detections = predictions.from_coco_results(found)
+        if "points" in config.prompt:
+            detections.data["points"] = [np.reshape(e.get("points", ()), (-1, 3)) for e in found]
+        return detections
 
     return find
 
@@ -106,12 +122,23 @@ def _boxes_of_file(
     path: Path, dataset: Dataset | None, config: SegmentConfig
 ) -> tuple[FindBoxes, tuple[str, ...]]:
     """Boxes of a COCO results file; its classes are the dataset's, or those of its images.json."""
-    entries = predictions.read_results(path)
+    entries = predictions.read_results(path, config.prompt)
     classes = dataset.classes if dataset else predictions.read_images(path.parent)[0]
     largest = max((e["category_id"] for group in entries.values() for e in group), default=1)
     if largest > len(classes):
         raise UserError(f"{path}: expected category ids up to {len(classes)}, found {largest}")
-    return _boxes_of(entries, config), classes
+    find = _boxes_of(entries, config)
+
+    def check(image_id: int, shape: tuple[int, int]) -> None:
+        predictions.check_prompts(path, entries.get(image_id, ()), config.prompt, shape)
+
+    def find_checked(frame: Frame) -> sv.Detections:
+        check(frame.image_id, frame.image.shape[:2])
+        return find(frame)
+
+    for sample in _samples(config, dataset) if dataset else ():  # before anything is written
+        check(sample.image_id, (sample.height, sample.width))
+    return find_checked, classes
 
 
 def _detected_boxes(
@@ -139,11 +166,26 @@ def _detected_boxes(
     return find, classes
 
 
+def _tidy(found: sv.Detections, config: SegmentConfig) -> None:
+    """Change the masks as `clean_below` and, after it, `overlaps` ask for."""
+    if found.mask is None:
+        return
+    if config.clean_below:
+        found.mask = np.stack([masks.clean(mask, config.clean_below) for mask in found.mask])
+    if config.overlaps == "resolve":
+        found.mask = masks.resolve_overlaps(
+            np.asarray(found.mask), np.asarray(found.class_id), np.asarray(found.confidence)
+        )
+
+
 def _write_mask(path: Path, found: sv.Detections, shape: tuple[int, int]) -> None:
-    """A PNG whose pixels are category ids, 0 where there is no defect; higher scores win."""
+    """A PNG whose pixels are category ids, 0 where there is no defect.
+
+    The highest score wins; of equal ones, the earliest.
+    """
     labels = np.zeros(shape, np.uint8)
-    masks, classes = np.asarray(found.mask), np.asarray(found.class_id)
-    for i in np.argsort(np.asarray(found.confidence), kind="stable"):
-        labels[masks[i]] = classes[i] + 1
+    instances, classes = np.asarray(found.mask), np.asarray(found.class_id)
+    for i in np.argsort(-np.asarray(found.confidence), kind="stable")[::-1]:
+        labels[instances[i]] = classes[i] + 1
     with atomic_path(path) as temporary:
         temporary.write_bytes(cv2.imencode(".png", labels)[1].tobytes())

@@ -19,12 +19,17 @@ def run(config: SynthConfig) -> None:
         raise UserError(
             f"--out: expected nothing but a rendered dataset in {config.out}, found {foreign[0]}"
         )
-    total = config.train_good + config.test_good + config.per_defect * len(synth.DEFECTS)
+    total = (
+        config.train_good
+        + config.test_good
+        + config.per_defect * len(synth.PRODUCTS[config.product].defects)
+    )
     with Progress() as progress, atomic_folder(config.out) as place:
         task = progress.add_task("rendering", total=total)
         place.rmdir()  # what renders it also makes it
         synth.render_dataset(
             place,
+            product=config.product,
             train_good=config.train_good,
             test_good=config.test_good,
             per_defect=config.per_defect,
