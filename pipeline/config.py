@@ -17,6 +17,7 @@ import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     ValidationError,
@@ -148,7 +149,6 @@ class TrainConfig(StageConfig):
         None, ge=0, description="fold of the dataset instead of its single split"
     )
     epochs: Epochs
-    patience: Patience
     batch: Batch = 16
     lr: LearningRate
     seed: Seed = Field(0, description="seed of everything random")
@@ -178,25 +178,35 @@ class FinetuneYoloConfig(TrainConfig):
     offline: bool = Field(False, description="never download")
 
 
-class FinetuneSamConfig(TrainConfig):
-    """Fine-tune SAM's mask decoder on the dataset's boxes and masks."""
+def _listed(value: object) -> object:
+    return value if isinstance(value, list | tuple) else [value]
 
+
+class FinetuneSamConfig(TrainConfig):
+    """Fine-tune SAM's mask decoder on the boxes and masks of one or more datasets."""
+
+    data: Annotated[tuple[Path, ...], BeforeValidator(_listed)] = Field(  # type: ignore[assignment]
+        min_length=1, description="dataset folders written by `pipeline convert`"
+    )
     model: str = Field("sam-lite", description="a name of `pipeline weights list` or a checkpoint")
     train: Literal["decoder", "neck", "lora", "all"] = Field(
         "decoder",
         description="the decoder alone, with the encoder's neck, with LoRA in the encoder's "
         "attention, or everything",
     )
-    epochs: Epochs = 40
-    patience: Patience = 10
+    epochs: Epochs = 20
     batch: Batch = 8
     lr: LearningRate = 5e-4
     loss: Literal["bce", "focal"] = Field("bce", description="the term beside Dice")
     box_jitter: float = Field(
         0.1, ge=0, lt=0.5, description="shift of box sides, part of the box size"
     )
+    free_pose: bool = Field(
+        False,
+        description="parts lie at any angle: train on quarter turns and mirror images as well",
+    )
     zoom: Zoom = Field(
-        1.5, description="side of the window around a box, in box sizes (0: whole image)"
+        1.3, description="side of the window around a box, in box sizes (0: whole image)"
     )
     repeats: PositiveInt = Field(4, description="jittered copies of every box per epoch")
     cache: Cache = None  # used with a frozen encoder alone
@@ -255,6 +265,9 @@ class SegmentConfig(StageConfig):
     )
     min_score: Fraction = Field(0.01, description="leave out boxes under this score")
     max_boxes: PositiveInt = Field(50, description="most boxes per image, best first")
+    flip: bool = Field(
+        True, description="average with the masks of the mirror image: better, in twice the time"
+    )
     overlaps: Literal["keep", "resolve"] = Field(
         "keep",
         description="'resolve': a pixel in several masks of one class stays in that with the "
@@ -491,6 +504,7 @@ EXPECTED = {  # of pydantic's types of problems, where its own words would not f
     "dict_type": "keys and values",
     "tuple_type": "a list",
     "too_long": "fewer values",
+    "too_short": "more values",
     "missing": "more values",
     "int_parsing": "a whole number",
     "int_type": "a whole number",

@@ -202,6 +202,8 @@ def test_lists_of_values(called: list[Any]) -> None:
     assert called[1].one_per_image == ()
     cli.main(["weights", "verify", "a", "b"])
     assert (called[2].action, called[2].names) == ("verify", ("a", "b"))
+    cli.main(shlex.split("finetune-sam --data a b --out o --free-pose"))
+    assert (called[3].data, called[3].free_pose) == ((Path("a"), Path("b")), True)
 
 
 def test_set_reaches_any_key_of_a_run(called: list[Any], tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from pipeline import config
 from pipeline.config import (
     Config,
     ConvertConfig,
+    FinetuneSamConfig,
     FinetuneYoloConfig,
     OverlayConfig,
     RunConfig,
@@ -80,6 +81,9 @@ def problems(cls: type[Config], values: dict[Any, Any], **where: Any) -> list[st
             {"source": "s", "out": "o", "one_per_image": "misplaced"},
             ["--one-per-image: expected a list, found 'misplaced'"],
         ),
+        (FinetuneSamConfig, {"out": "o"}, ["--data: required, not given"]),
+        (FinetuneSamConfig, {"out": "o", "data": []}, ["--data: expected more values, found []"]),
+        (FinetuneSamConfig, YOLO | {"patience": 8}, ["patience: unknown key"]),
         (OverlayConfig, {"out": "o", "source": "s", "threshold": 1.01},
          ["--threshold: expected less than or equal to 1, found 1.01"]),
     ],
@@ -133,6 +137,14 @@ def test_text_from_flags_and_numbers_from_yaml_become_the_types_of_the_fields() 
     assert (settings.epochs, settings.lr, settings.device) == (7, 1e-4, "0")
     assert settings.prompts == {"1": "2"}
     assert settings.data == Path("d")
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"), [("d", ("d",)), (Path("d"), ("d",)), (["a", "b"], ("a", "b"))]
+)
+def test_a_sam_is_trained_on_one_dataset_or_several(data: Any, expected: tuple[str, ...]) -> None:
+    settings = build(FinetuneSamConfig, {"data": data, "out": "o"})
+    assert settings.data == tuple(map(Path, expected))
 
 
 def test_a_configuration_cannot_be_changed() -> None:

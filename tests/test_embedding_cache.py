@@ -256,7 +256,7 @@ def sam(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A sam-lite checkpoint with random weights."""
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("sam") / "sam.safetensors"
-    sams.save_sam(path, sam_lite.build_sam_lite(), "sam-lite", 1.5)
+    sams.save_sam(path, sams.LoadedSam(sam_lite.build_sam_lite(), "sam-lite", 1.5))
     return str(path)
 
 

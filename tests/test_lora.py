@@ -124,7 +124,7 @@ def test_merged_weights_compute_what_the_trained_model_does(
     assert not torch.equal(encoded(sam, image), trained)
     # What is written loads as any other SAM does.
     monkeypatch.setitem(sams.ARCHITECTURES, "tiny-vit", tiny_vit)
-    sams.save_sam(tmp_path / BEST, merged, "tiny-vit", 0)
+    sams.save_sam(tmp_path / BEST, sams.LoadedSam(merged, "tiny-vit", 0))
     loaded = sams.load_sam(str(tmp_path / BEST)).model.eval()
     torch.testing.assert_close(encoded(loaded, image), trained, rtol=0, atol=0.02)
 
@@ -157,7 +157,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def start(sam: Sam, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setitem(sams.ARCHITECTURES, "tiny-vit", tiny_vit)
-    sams.save_sam(tmp_path / "start.safetensors", sam, "tiny-vit", 0)
+    sams.save_sam(tmp_path / "start.safetensors", sams.LoadedSam(sam, "tiny-vit", 0))
     return tmp_path / "start.safetensors"
 
 

@@ -175,8 +175,9 @@ def test_stages_are_linked_by_their_folders(tmp_path: Path) -> None:
     assert list(stages) == ALL
     assert all(stage.out.is_relative_to(tmp_path) for stage in stages.values())
     assert stages["dataset"].source == stages["mvtec"].out
-    for name in ("detector", "segmenter", "small", "large", "evaluation"):
+    for name in ("detector", "small", "large", "evaluation"):
         assert (stages[name].data, stages[name].fold) == (stages["dataset"].out, 2)
+    assert (stages["segmenter"].data, stages["segmenter"].fold) == ((stages["dataset"].out,), 2)
     for name in ("predictions", "truth_boxes"):
         assert (stages[name].source, stages[name].fold) == (stages["dataset"].out, 2)
         assert stages[name].sam == str(stages["segmenter"].out / "sam.safetensors")

@@ -16,11 +16,13 @@ from hypothesis import strategies as st
 from PIL import Image
 from rectangles import filled
 from safetensors.torch import save_file
+from scipy.special import expit, logit
 from segment_anything import SamPredictor, sam_model_registry
-from segment_anything.modeling import Sam
+from segment_anything.modeling import MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
 from torch import nn
 
 from pipeline.data.masks import iou
+from pipeline.data.quality import Calibration
 from pipeline.errors import UserError
 from pipeline.models import imagenet, prompting, sam_lite, weights
 from pipeline.models import sam as sams
@@ -51,16 +53,17 @@ PUBLISHED_BYTES = {
 
 @pytest.fixture(scope="module")
 def lite() -> Sam:
-    """sam-lite with random weights, whose masks are neither empty nor full."""
+    """sam-lite with random weights, whose masks are neither empty nor full, nor their IoUs."""
     torch.manual_seed(0)
     sam = sam_lite.build_sam_lite().eval()
     with torch.inference_mode():
         tensor, size = prompting.encoder_input(sam, picture(), (0, 0, 130, 100))
         boxes = torch.from_numpy(BOXES * size[1] / 130).float()
         embeddings = sam.image_encoder(tensor[None]).expand(len(BOXES), -1, -1, -1)
-        logits, _ = prompting.decode(
+        logits, iou = prompting.decode(
             sam, embeddings, *prompting.encode_prompts(sam, boxes, "boxes")
         )
+        sam.mask_decoder.iou_prediction_head.layers[-1].bias += 0.5 - iou.mean()
     sam.mask_threshold = float(logits.median())
     return sam
 
@@ -198,13 +201,13 @@ def test_logits_of_a_first_decode_are_the_next_ones_prompt(lite: Sam) -> None:
 
 def test_mask_logits_by_hand(lite: Sam) -> None:
     """A window as large as the input, whose cells are two by two pixels; below it is padding."""
-    mask = np.random.default_rng(0).random((1, 150, 300)) < 0.5
-    logits = prompting.mask_logits(lite, mask, (20, 10, 276, 138), (128, 256))
-    covered = mask[0, 10:138, 20:276].reshape(64, 2, 128, 2).mean(axis=(1, 3))
-    expected = np.full((128, 128), -10.0)
+    mask = np.random.default_rng(0).random((1, 150, 350)) < 0.5
+    logits = prompting.mask_logits(lite, mask, (20, 10, 340, 138), (128, 320))
+    covered = mask[0, 10:138, 20:340].reshape(64, 2, 160, 2).mean(axis=(1, 3))
+    expected = np.full((160, 160), -10.0)
     expected[:64] = 20 * covered - 10
     np.testing.assert_allclose(logits[0, 0].numpy(), expected, atol=1e-5)
-    assert logits.shape == (1, 1, 128, 128)
+    assert logits.shape == (1, 1, 160, 160)
 
 
 @pytest.mark.parametrize("window", [(0, 0, 130, 100), (12, 41, 60, 89), (90, 0, 130, 100)])
@@ -220,17 +223,27 @@ def test_mask_logits_are_what_the_decoder_would_have_given(lite: Sam, window: Wi
     assert (logits[1] == -prompting.MASK_LOGIT).all()
 
 
-def test_decoding_many_images_equals_the_decoder_called_for_each(lite: Sam) -> None:
+def segment_anythings_own() -> Sam:
+    """A small SAM of its prompt encoder and mask decoder; there is nothing to encode."""
+    prompts = PromptEncoder(32, (40, 40), (320, 320), 16)
+    transformer = TwoWayTransformer(depth=2, embedding_dim=32, num_heads=4, mlp_dim=64)
+    decoder = MaskDecoder(transformer_dim=32, transformer=transformer, iou_head_hidden_dim=32)
+    return Sam(nn.Identity(), prompts, decoder).eval()
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["sam-lite", "segment-anything"])
+def test_decoding_many_images_equals_the_decoder_called_for_each(lite: Sam, own: bool) -> None:
     torch.manual_seed(1)
-    embeddings = torch.randn(3, 128, 32, 32)
+    sam, channels = (segment_anythings_own(), 32) if own else (lite, 384)
+    embeddings = torch.randn(3, channels, 40, 40)
     boxes = torch.tensor([[10.0, 20, 60, 90], [0, 0, 255, 255], [200, 5, 210, 30]])
     with torch.inference_mode():
-        sparse, dense = prompting.encode_prompts(lite, boxes, "boxes")
-        logits, quality = prompting.decode(lite, embeddings, sparse, dense)
+        sparse, dense = prompting.encode_prompts(sam, boxes, "boxes")
+        logits, quality = prompting.decode(sam, embeddings, sparse, dense)
         for i in range(3):
-            expected_logits, expected_quality = lite.mask_decoder(
+            expected_logits, expected_quality = sam.mask_decoder(
                 image_embeddings=embeddings[i : i + 1],
-                image_pe=lite.prompt_encoder.get_dense_pe(),
+                image_pe=sam.prompt_encoder.get_dense_pe(),
                 sparse_prompt_embeddings=sparse[i : i + 1],
                 dense_prompt_embeddings=dense[i : i + 1],
                 multimask_output=False,
@@ -243,12 +256,84 @@ def test_decoding_many_images_equals_the_decoder_called_for_each(lite: Sam) -> N
 def test_sam_lite_keeps_segment_anythings_proportions(lite: Sam) -> None:
     """Its decoder's masks have a quarter of the embedding's stride, as in the official models."""
     with torch.inference_mode():
-        embeddings = lite.image_encoder(torch.zeros(2, 3, 256, 256))
+        embeddings = lite.image_encoder(torch.zeros(2, 3, 320, 320))
         sparse, dense = prompting.encode_prompts(lite, torch.zeros(2, 4), "boxes")
         logits, quality = prompting.decode(lite, embeddings, sparse, dense)
-    assert embeddings.shape == (2, 128, 32, 32)
-    assert logits.shape == (2, 1, 128, 128)
+    assert embeddings.shape == (2, 128 + 16 * 4 * 4, 40, 40)
+    assert logits.shape == (2, 1, 160, 160)
     assert quality.shape == (2, 1)
+
+
+# ---- sam-lite's own parts --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("points", [False, True])
+def test_sam_lite_sees_a_box_as_a_filled_mask_too(lite: Sam, points: bool) -> None:
+    """Filled by hand, at half the input's resolution; a mask that is given comes first."""
+    boxes = torch.tensor([[20.0, 40, 100, 60], [0, 0, 320, 320], [302, 4, 304, 8]])
+    filled_by_hand = torch.full((3, 1, 160, 160), -sam_lite.BOX_LOGIT)
+    filled_by_hand[0, :, 20:30, 10:50] = sam_lite.BOX_LOGIT
+    filled_by_hand[1] = sam_lite.BOX_LOGIT
+    filled_by_hand[2, :, 2:4, 151] = sam_lite.BOX_LOGIT
+    shown = (torch.full((3, 1, 2), 50.0), torch.ones(3, 1)) if points else None
+    with torch.inference_mode():
+        found = lite.prompt_encoder(points=shown, boxes=boxes, masks=None)
+        expected = lite.prompt_encoder(points=shown, boxes=boxes, masks=filled_by_hand)
+        other = lite.prompt_encoder(points=shown, boxes=boxes, masks=-filled_by_hand)
+        without_box = lite.prompt_encoder(points=shown, boxes=None, masks=None)[1]
+    for part, same in zip(found, expected, strict=True):
+        torch.testing.assert_close(part, same, rtol=0, atol=1e-6)
+    assert not torch.allclose(found[1], other[1], atol=1e-2)
+    no_mask = lite.prompt_encoder.no_mask_embed.weight[0]
+    assert (without_box == no_mask[:, None, None]).all()
+
+
+@given(
+    st.lists(
+        st.tuples(*[st.floats(-40, 360, width=32, allow_subnormal=False)] * 4),
+        min_size=1,
+        max_size=4,
+    )
+)
+def test_a_filled_box_has_the_boxs_area(corners: list[tuple[float, ...]]) -> None:
+    """Of what lies in the picture, to a part of a pixel: its cells are two by two pixels."""
+    x, y = np.sort(np.array(corners)[:, ::2]), np.sort(np.array(corners)[:, 1::2])
+    boxes = torch.from_numpy(np.stack([x[:, 0], y[:, 0], x[:, 1], y[:, 1]], axis=1)).float()
+    encoder = sam_lite.LitePromptEncoder(8, (40, 40), (320, 320), 16)
+    logits = encoder._filled(boxes)
+    assert logits.shape == (len(corners), 1, 160, 160)
+    assert logits.abs().max() <= sam_lite.BOX_LOGIT
+    covered = (logits / sam_lite.BOX_LOGIT + 1) / 2
+    inside = np.clip(x, 0, 320), np.clip(y, 0, 320)
+    areas = np.diff(inside[0])[:, 0] * np.diff(inside[1])[:, 0]
+    np.testing.assert_allclose(4 * covered.sum((1, 2, 3)), areas, rtol=1e-4, atol=0.5)
+
+
+def test_an_embedding_for_all_prompts_equals_one_for_each(lite: Sam) -> None:
+    torch.manual_seed(1)
+    embedding = torch.randn(1, 384, 40, 40)
+    boxes = torch.tensor([[10.0, 20, 60, 90], [0, 0, 255, 255], [200, 5, 210, 30]])
+    with torch.inference_mode():
+        prompts = prompting.encode_prompts(lite, boxes, "boxes")
+        shared = prompting.decode(lite, embedding, *prompts)
+        repeated = prompting.decode(lite, embedding.repeat(3, 1, 1, 1), *prompts)
+    for found, expected in zip(shared, repeated, strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+def test_sam_lites_masks_follow_the_fine_features_and_stay_where_they_are(lite: Sam) -> None:
+    """A change of the fine features of one embedding vector is seen around its own pixels."""
+    torch.manual_seed(1)
+    embedding = torch.randn(1, 384, 40, 40)
+    changed = embedding.clone()
+    changed[:, 128:, 10, 30] += 1
+    prompts = prompting.encode_prompts(lite, torch.tensor([[10.0, 20, 60, 90]]), "boxes")
+    with torch.inference_mode():
+        before, after = (prompting.decode(lite, e, *prompts)[0] for e in (embedding, changed))
+    difference = (after - before)[0, 0].abs()
+    row, column = divmod(int(difference.argmax()), 160)
+    assert difference.max() > 1e-3
+    assert 36 <= row < 48 and 116 <= column < 128
 
 
 # ---- Windows ---------------------------------------------------------------------------------
@@ -319,10 +404,10 @@ def test_encoder_input_is_the_window_resized_normalised_and_padded(lite: Sam) ->
     image, window = picture(), (30, 10, 110, 60)  # 80 x 50 pixels
     tensor, size = prompting.encoder_input(lite, image, window)
     rgb = Image.fromarray(np.ascontiguousarray(image[10:60, 30:110, ::-1]))
-    resized = np.asarray(rgb.resize((256, 160), Image.Resampling.BILINEAR), np.float32)
-    expected = np.zeros((256, 256, 3), np.float32)
-    expected[:160] = (resized - 127) / 128  # the preprocessing of EfficientNet-Lite
-    assert size == (160, 256)
+    resized = np.asarray(rgb.resize((320, 200), Image.Resampling.BILINEAR), np.float32)
+    expected = np.zeros((320, 320, 3), np.float32)
+    expected[:200] = (resized - 127) / 128  # the preprocessing of EfficientNet-Lite
+    assert size == (200, 320)
     np.testing.assert_allclose(tensor.numpy(), expected.transpose(2, 0, 1), atol=1e-5)
 
 
@@ -333,7 +418,7 @@ def fill_boxes(monkeypatch: pytest.MonkeyPatch) -> None:
         return boxes, boxes
 
     def decode(sam: Sam, embeddings: torch.Tensor, boxes: torch.Tensor, _: Any) -> Any:
-        cells = (torch.arange(512) + 0.5) / 2
+        cells = (torch.arange(640) + 0.5) / 2
         x1, y1, x2, y2 = boxes.T[..., None]
         across = (cells >= x1) & (cells < x2)
         down = (cells >= y1) & (cells < y2)
@@ -364,7 +449,8 @@ def test_masks_are_put_back_where_the_box_is(
     assert found.mask.shape == (3, height, width) and found.mask.dtype == bool
     for mask, box in zip(np.asarray(found.mask), boxes, strict=True):
         assert iou(mask, filled(box, height, width)) > 0.9  # a cell's width along the edges
-    np.testing.assert_array_equal(found.data["quality"], [1, 1, 1])  # an IoU is at most 1
+    # An IoU is at most 1; a quality has four decimals.
+    np.testing.assert_allclose(found.data["quality"], [1, 1, 1], atol=1.1e-4)
 
 
 @pytest.mark.parametrize(
@@ -446,6 +532,23 @@ def test_detections_stay_in_order_with_all_that_they_carry(
         assert found.data["quality"][i] == pytest.approx(alone.data["quality"][0], abs=1e-5)
 
 
+# ---- Quality ---------------------------------------------------------------------------------
+
+
+def test_quality_is_the_calibrated_estimate(lite: Sam) -> None:
+    """Platt scaling, by hand, of what the decoder predicts."""
+    predicted: list[np.ndarray] = []
+    hook = lite.mask_decoder.register_forward_hook(
+        lambda _, __, out: predicted.append(out[1][:, 0].numpy())
+    )
+    loaded = LoadedSam(lite, "sam-lite", 1.5, Calibration(0.5, -1.0))
+    found = Segmenter(loaded, None, CPU).segment(picture(), detections(BOXES))
+    hook.remove()
+    estimates = np.clip(np.concatenate(predicted).astype(float), 1e-4, 1 - 1e-4)
+    np.testing.assert_allclose(found.data["quality"], expit(logit(estimates) / 2 - 1), atol=1e-5)
+    assert np.abs(found.data["quality"] - estimates).max() > 0.1
+
+
 # ---- Checkpoints -----------------------------------------------------------------------------
 
 
@@ -484,6 +587,7 @@ def test_loads_a_published_checkpoint(tmp_path: Path, architecture: str, name: s
     torch.save(state, tmp_path / name)
     loaded = load_sam(str(tmp_path / name))
     assert (loaded.architecture, loaded.zoom) == (architecture, sams.WHOLE_IMAGE)
+    assert loaded.calibration == Calibration(1, 0)
     found = loaded.model.state_dict()
     assert found.keys() == state.keys()
     for i, tensor in enumerate(found[key] for key in state):
@@ -493,7 +597,8 @@ def test_loads_a_published_checkpoint(tmp_path: Path, architecture: str, name: s
 
 def test_sam_lite_starts_from_imagenet() -> None:
     loaded = load_sam(sams.IMAGENET_START)
-    assert (loaded.architecture, loaded.zoom) == ("sam-lite", 1.5)
+    assert (loaded.architecture, loaded.zoom) == ("sam-lite", sams.LITE_ZOOM)
+    assert loaded.calibration == Calibration(1, 0)
     whole: Any = imagenet.efficientnet_lite0(pretrained=True).eval()
     encoder = loaded.model.image_encoder.eval()
     image = torch.randn(1, 3, 256, 256, generator=torch.Generator().manual_seed(0))
@@ -506,9 +611,11 @@ def test_sam_lite_starts_from_imagenet() -> None:
 
 def test_save_and_load(lite: Sam, tmp_path: Path) -> None:
     path = tmp_path / "sam.safetensors"
-    save_sam(path, lite, "sam-lite", 1.75)
+    calibration = Calibration(0.1 + 0.2, -1.0 / 3)
+    save_sam(path, LoadedSam(lite, "sam-lite", 1.75, calibration))
     loaded = load_sam(str(path))
     assert (loaded.architecture, loaded.zoom) == ("sam-lite", 1.75)
+    assert loaded.calibration == calibration
     expected = lite.state_dict()
     assert loaded.model.state_dict().keys() == expected.keys()
     for key, tensor in loaded.model.state_dict().items():
@@ -521,7 +628,7 @@ def test_save_and_load(lite: Sam, tmp_path: Path) -> None:
 def test_a_name_comes_from_the_registry(
     lite: Sam, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save_sam(tmp_path / "a.safetensors", lite, "sam-lite", 2)
+    save_sam(tmp_path / "a.safetensors", LoadedSam(lite, "sam-lite", 2))
     asked = []
 
     def resolve(name: str, *, offline: bool) -> Path:
@@ -637,3 +744,39 @@ def test_safetensors_of_another_architecture(tmp_path: Path) -> None:
     save_file({"a": torch.zeros(1)}, path, {"architecture": "yolov8n-worldv2.yaml"})
     with pytest.raises(UserError, match=r"expected a SAM checkpoint .*found other weights"):
         load_sam(str(path))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("calibration", "x"),
+        ("calibration", ""),
+        ("calibration", "1"),
+        ("calibration", "1 0 0"),
+        ("calibration", "-1 0"),
+        ("calibration", "nan 0"),
+        ("calibration", "1 inf"),
+        ("zoom", "x"),
+        ("zoom", "0.5"),
+        ("zoom", "-1"),
+        ("zoom", "nan"),
+        ("zoom", "inf"),
+    ],
+)
+def test_metadata_that_inference_cannot_use(tmp_path: Path, key: str, value: str) -> None:
+    path = tmp_path / "x.safetensors"
+    metadata = {"architecture": "tiny", "zoom": "1.5", "calibration": "1 0"}
+    save_file({"a": torch.zeros(1)}, path, metadata | {key: value})
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError) as caught:
+        patch.setitem(sams.ARCHITECTURES, "tiny", lambda: nn.ParameterDict({"a": torch.ones(1)}))
+        load_sam(str(path))
+    (problem,) = caught.value.problems
+    assert problem.startswith(f"{path}: expected metadata with a zoom")
+    assert repr(value) in problem.split("found")[1]
+
+
+def test_a_checkpoint_from_before_calibration(lite: Sam, tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    state = {key: tensor.contiguous() for key, tensor in lite.state_dict().items()}
+    save_file(state, path, {"architecture": "sam-lite", "zoom": "1.5"})
+    assert load_sam(str(path)).calibration == Calibration(1, 0)

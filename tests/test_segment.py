@@ -50,7 +50,7 @@ def sam(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A sam-lite checkpoint with random weights."""
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("sam") / "sam.safetensors"
-    sams.save_sam(path, sam_lite.build_sam_lite(), "sam-lite", 1.5)
+    sams.save_sam(path, sams.LoadedSam(sam_lite.build_sam_lite(), "sam-lite", 1.5))
     return str(path)
 
 
@@ -66,7 +66,7 @@ def box_filler(monkeypatch: pytest.MonkeyPatch, shown: list[tuple[Any, Any]]) ->
     prompts: list[str] = []
 
     class BoxFiller:
-        def __init__(self, loaded: object, zoom: object, device: object) -> None:
+        def __init__(self, loaded: object, zoom: object, device: object, flip: bool) -> None:
             pass
 
         def segment(self, image: np.ndarray, found: sv.Detections, prompt: str) -> sv.Detections:

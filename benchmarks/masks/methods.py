@@ -55,7 +55,7 @@ def grabcut(zoom: float) -> Method:
 
 def sam(loaded: LoadedSam, zoom: float, device: torch.device) -> Method:
     """A SAM that is shown the box, alone, in a window around it (0: in the whole image)."""
-    segmenter = Segmenter(loaded, zoom, device)
+    segmenter = Segmenter(loaded, zoom, device, flip=True)
 
     def segment(image: np.ndarray, box: np.ndarray) -> tuple[np.ndarray, float]:
         prompt = sv.Detections(xyxy=box[None].astype(np.float32), class_id=np.zeros(1, int))

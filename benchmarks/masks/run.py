@@ -47,7 +47,7 @@ from pipeline.stages import convert
 HERE = Path(__file__).parent
 FOLDS = 5
 SEED = 0
-VIEWS = {"whole": 0.0, "zoom": 1.5}  # side of the window around a box, in box sizes
+VIEWS = {"whole": 0.0, "zoom": 1.3}  # side of the window around a box, in box sizes
 JITTER = 0.1  # largest shift of a box's side, part of the box's width or height
 DRAWS = 3  # jittered boxes of an instance
 ZERO_SHOT = {
@@ -61,8 +61,7 @@ FINETUNED: dict[str, dict[str, Any]] = {  # options of `pipeline finetune-sam`
     "sam_lite_finetuned": {
         "model": "sam-lite",
         "train": "all",
-        "epochs": 20,
-        "patience": 8,
+        "epochs": 15,
         "offline": True,
     },
 }

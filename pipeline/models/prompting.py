@@ -16,6 +16,7 @@ from segment_anything.utils.transforms import ResizeLongestSide
 from torch.nn import functional as F
 
 from pipeline.models.sam import WHOLE_IMAGE
+from pipeline.models.sam_lite import LiteDecoder
 
 SMALLEST_WINDOW = 48  # pixels: around a tiny box, what the window shows must still make sense
 # Of the pixels in a mask that is shown to SAM, which knows logits of its own from training; those
@@ -120,13 +121,17 @@ def decode(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Mask logits (n, 1, H, W) at a quarter of the embedding's stride, and predicted IoUs (n, 1).
 
-    `embeddings` is (n, dim, h, w), one for every prompt. The decoder itself repeats one image's
-    embedding for all prompts; since it only adds it to the dense prompt, adding it here and giving
-    the decoder zeros is the same.
+    `embeddings` is (n, dim, h, w), one for every prompt. Segment-anything's decoder repeats one
+    image's embedding for all prompts; since it only adds it to the dense prompt, adding it here and
+    giving the decoder zeros is the same.
     """
+    position = sam.prompt_encoder.get_dense_pe()
+    if isinstance(sam.mask_decoder, LiteDecoder):
+        logits, iou = sam.mask_decoder(embeddings, position, sparse, dense, multimask_output=False)
+        return logits, iou
     return sam.mask_decoder(
         image_embeddings=torch.zeros_like(embeddings[:1]),
-        image_pe=sam.prompt_encoder.get_dense_pe(),
+        image_pe=position,
         sparse_prompt_embeddings=sparse,
         dense_prompt_embeddings=dense + embeddings,
         multimask_output=False,

@@ -7,6 +7,7 @@ is the encoder's input size, normalised, and padded at the bottom and right.
 
 from __future__ import annotations
 
+import math
 import pickle
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +17,14 @@ from segment_anything import sam_model_registry
 from segment_anything.modeling import Sam
 
 from pipeline.data import tensors
+from pipeline.data.quality import Calibration
 from pipeline.errors import UserError
 from pipeline.models import weights
 from pipeline.models.sam_lite import build_sam_lite
 
 IMAGENET_START = "sam-lite-imagenet"  # sam-lite with ImageNet features and an untrained decoder
+LITE_ZOOM = 1.3  # of sam-lite's windows: close, with some context
+AS_PREDICTED = Calibration()
 WHOLE_IMAGE = 0.0
 
 
@@ -56,11 +60,12 @@ ARCHITECTURES = {
 
 @dataclass(frozen=True)
 class LoadedSam:
-    """A SAM, the name of its architecture, and the zoom it was trained with (0: whole images)."""
+    """A SAM and what inference has to know of its training."""
 
     model: Sam
-    architecture: str
-    zoom: float
+    architecture: str  # a key of `ARCHITECTURES`
+    zoom: float  # of the windows it was trained with; 0: whole images
+    calibration: Calibration = AS_PREDICTED  # of the IoU that it predicts
 
 
 def load_sam(source: str, *, offline: bool = False) -> LoadedSam:
@@ -70,7 +75,7 @@ def load_sam(source: str, *, offline: bool = False) -> LoadedSam:
     Raises `UserError` when the source is none of these.
     """
     if source == IMAGENET_START:
-        return LoadedSam(build_sam_lite(pretrained=True), "sam-lite", 1.5)
+        return LoadedSam(build_sam_lite(pretrained=True), "sam-lite", LITE_ZOOM)
     path = weights.resolve(source, offline=offline)
     state, metadata = _read_state(path)
     architecture = metadata.get("architecture") or _architecture_of(state)
@@ -85,13 +90,35 @@ def load_sam(source: str, *, offline: bool = False) -> LoadedSam:
         raise UserError(
             f"{path}: expected weights of {architecture}, found {_one_line(error)}"
         ) from None
-    return LoadedSam(sam, architecture, float(metadata.get("zoom", WHOLE_IMAGE)))
+    zoom, calibration = _trained_with(path, metadata)
+    return LoadedSam(sam, architecture, zoom, calibration)
 
 
-def save_sam(path: Path, sam: Sam, architecture: str, zoom: float) -> None:
+def _trained_with(path: Path, metadata: dict[str, str]) -> tuple[float, Calibration]:
+    """The zoom and the calibration in a checkpoint's metadata; those of a published one without."""
+    zoom, calibration = metadata.get("zoom", "0"), metadata.get("calibration", "1 0")
+    try:
+        a, b = map(float, calibration.split())
+        if float(zoom) == WHOLE_IMAGE or 1 <= float(zoom) < math.inf:
+            return float(zoom), Calibration(a, b)
+    except ValueError:
+        pass
+    raise UserError(
+        f"{path}: expected metadata with a zoom of 0 or at least 1 and a calibration of two "
+        f"numbers, the first at least 0, found {zoom!r} and {calibration!r}"
+    )
+
+
+def save_sam(path: Path, loaded: LoadedSam) -> None:
     """Write a SAM as safetensors in half precision."""
-    state = {k: v.half() if v.is_floating_point() else v for k, v in sam.state_dict().items()}
-    tensors.write(path, state, {"architecture": architecture, "zoom": str(zoom)})
+    state = loaded.model.state_dict()
+    halves = {k: v.half() if v.is_floating_point() else v for k, v in state.items()}
+    metadata = {
+        "architecture": loaded.architecture,
+        "zoom": str(loaded.zoom),
+        "calibration": f"{loaded.calibration.a} {loaded.calibration.b}",
+    }
+    tensors.write(path, halves, metadata)
 
 
 def _read_state(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

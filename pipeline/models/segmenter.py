@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import cast
+from typing import NamedTuple, cast
 
 import numpy as np
 import supervision as sv
@@ -15,18 +15,36 @@ from pipeline.models.sam import LoadedSam
 DECODED_AT_ONCE = 8  # boxes: each needs its logits at the window's full resolution in memory
 
 
+class _View(NamedTuple):
+    """A window of an image, or of its mirror image, as SAM sees it."""
+
+    window: prompting.Window
+    shown: sv.Detections  # the prompts, in pixels of the image
+    input_size: tuple[int, int]  # (height, width) of the window in the encoder's input
+    embedding: torch.Tensor  # (1, dim, h, w)
+
+
 class Segmenter:
     """Turns boxes of an image into pixel masks."""
 
-    def __init__(self, loaded: LoadedSam, zoom: float | None, device: torch.device) -> None:
+    def __init__(
+        self,
+        loaded: LoadedSam,
+        zoom: float | None,
+        device: torch.device,
+        flip: bool = False,
+    ) -> None:
+        """With `flip`, what SAM says of the mirror image is averaged in."""
         self.zoom = loaded.zoom if zoom is None else zoom
+        self._flip = flip
         self._sam = loaded.model.eval().to(device)
+        self._calibration = loaded.calibration
 
     @torch.inference_mode()
     def segment(
         self, image: np.ndarray, detections: sv.Detections, prompt: str = "boxes"
     ) -> sv.Detections:
-        """The same detections with masks (n, height, width) and SAM's IoU estimate as `quality`.
+        """The same detections with masks (n, height, width) and their calibrated `quality`.
 
         `image` is (height, width, 3) uint8 BGR. Every window is encoded once for all its boxes;
         without boxes nothing is encoded. With `masks` in the prompt (see `encode_prompts`), the
@@ -58,22 +76,37 @@ class Segmenter:
     def _segment_window(
         self, image: np.ndarray, window: prompting.Window, shown: sv.Detections, prompt: str
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Masks (n, height, width) of the window, and their IoU estimates (n,)."""
-        sam = self._sam
-        tensor, input_size = prompting.encoder_input(sam, image, window)
-        embedding = sam.image_encoder(tensor[None])
+        """Masks (n, height, width) of the window, and their quality (n,)."""
+        views = [self._encode(image, window, shown)]
+        if self._flip:
+            views.append(self._encode(*_mirrored(image, window, shown)))
         x1, y1, x2, y2 = window
         masks = np.empty((len(shown), y2 - y1, x2 - x1), bool)
         quality = np.empty(len(shown), np.float32)
         for rows in _batches([len(points) for points in shown.data["points"]]):
-            sparse, dense = self._encode_prompts(_some(shown, rows), window, input_size, prompt)
-            logits, iou = prompting.decode(
-                sam, embedding.expand(len(rows), -1, -1, -1), sparse, dense
-            )
-            logits = sam.postprocess_masks(logits, input_size, masks.shape[1:])
-            masks[rows] = (logits[:, 0] > sam.mask_threshold).cpu().numpy()
-            quality[rows] = iou[:, 0].clamp(0, 1).cpu().numpy()
+            logits, predicted = self._decode(views[0], rows, prompt)
+            for view in views[1:]:
+                mirrored, again = self._decode(view, rows, prompt)
+                logits, predicted = (logits + mirrored.flip(-1)) / 2, (predicted + again) / 2
+            masks[rows] = (logits > self._sam.mask_threshold).cpu().numpy()
+            quality[rows] = self._calibration.apply(predicted.clamp(0, 1).cpu().numpy())
         return masks, quality
+
+    def _encode(self, image: np.ndarray, window: prompting.Window, shown: sv.Detections) -> _View:
+        tensor, input_size = prompting.encoder_input(self._sam, image, window)
+        return _View(window, shown, input_size, self._sam.image_encoder(tensor[None]))
+
+    def _decode(
+        self, view: _View, rows: list[int], prompt: str
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits (n, height, width) in the window's resolution, and predicted IoUs (n,)."""
+        shown = _some(view.shown, rows)
+        sparse, dense = self._encode_prompts(shown, view.window, view.input_size, prompt)
+        embeddings = view.embedding.expand(len(rows), -1, -1, -1)
+        logits, iou = prompting.decode(self._sam, embeddings, sparse, dense)
+        x1, y1, x2, y2 = view.window
+        logits = self._sam.postprocess_masks(logits, view.input_size, (y2 - y1, x2 - x1))
+        return logits[:, 0], iou[:, 0]
 
     def _encode_prompts(
         self,
@@ -107,6 +140,19 @@ def _shown(detections: sv.Detections, prompt: str) -> sv.Detections:
         mask=detections.mask if "masks" in prompt else None,
         data={"points": detections.data.get("points", none) if "points" in prompt else none},
     )
+
+
+def _mirrored(
+    image: np.ndarray, window: prompting.Window, shown: sv.Detections
+) -> tuple[np.ndarray, prompting.Window, sv.Detections]:
+    """The three of them with left and right exchanged."""
+    width = image.shape[1]
+    x1, y1, x2, y2 = window
+    boxes = shown.xyxy[:, [2, 1, 0, 3]] * [-1, 1, -1, 1] + [width, 0, width, 0]
+    points = [np.asarray(own, float) * [-1, 1, 1] + [width, 0, 0] for own in shown.data["points"]]
+    masks = None if shown.mask is None else np.asarray(shown.mask, bool)[..., ::-1]
+    mirrored = sv.Detections(xyxy=boxes, mask=masks, data={"points": points})
+    return np.ascontiguousarray(image[:, ::-1]), (width - x2, y1, width - x1, y2), mirrored
 
 
 def _some(detections: sv.Detections, rows: list[int]) -> sv.Detections:

@@ -75,7 +75,9 @@ def write_results(path: Path, rows: Rows) -> None:
     write_text(path, text.getvalue())
 
 
-def plot_curves(path: Path, rows: Rows, panels: Sequence[Sequence[str]], best_epoch: float) -> None:
+def plot_curves(
+    path: Path, rows: Rows, panels: Sequence[Sequence[str]], best_epoch: float | None = None
+) -> None:
     """Plot columns of the rows over the epochs, one panel for each group of columns."""
     epochs = [row["epoch"] for row in rows]
     figure = Figure(figsize=(4.5 * len(panels), 3.5), layout="constrained")
@@ -84,7 +86,8 @@ def plot_curves(path: Path, rows: Rows, panels: Sequence[Sequence[str]], best_ep
     ):
         for column in columns:
             axis.plot(epochs, [row[column] for row in rows], label=column.replace("_", " "))
-        axis.axvline(best_epoch, color="grey", linestyle=":", label="best")
+        if best_epoch is not None:
+            axis.axvline(best_epoch, color="grey", linestyle=":", label="best")
         axis.set(xlabel="epoch")
         axis.grid(alpha=0.3)
         axis.legend()

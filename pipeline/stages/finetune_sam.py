@@ -1,77 +1,80 @@
 """Fine-tune a SAM on a dataset's boxes and masks.
 
-Output folder: sam.safetensors (best on the val split), last.pt (to resume), results.csv,
-curves.png, config.yaml, run.json.
+What is kept is a moving average of the weights over the last steps: with a handful of validation
+defects, choosing an epoch by them is choosing by chance. They calibrate the predicted IoU instead.
+
+Output folder: sam.safetensors, last.pt (to resume), results.csv, curves.png, config.yaml, run.json.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 
 import cv2
 import numpy as np
+import supervision as sv
 import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn, track
 from segment_anything.modeling import Sam
 from torch.nn import functional as F
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from pipeline import record
 from pipeline.config import FinetuneSamConfig
-from pipeline.data import masks
-from pipeline.data.augment import vary_light
+from pipeline.data import masks, quality
 from pipeline.data.dataset import Dataset, Sample
+from pipeline.data.quality import Calibration
 from pipeline.errors import UserError
 from pipeline.models import lora, prompting, sam_lite, training
 from pipeline.models import sam as sams
 from pipeline.models.device import has_fast_bfloat16, torch_device
 from pipeline.models.embedding_cache import CachedEncoder
+from pipeline.models.sam_examples import (
+    Example,
+    Instance,
+    instances,
+    jittered,
+    make_decoy,
+    make_example,
+)
 from pipeline.models.segmenter import Segmenter
 
 WEIGHT_DECAY = 1e-4
 WARM_UP = 0.05  # part of all steps over which the learning rate rises
 ENCODER_LR = 0.3  # of the decoder's learning rate: its features are already good
-WINDOW_JITTER = 0.15  # shift and scale of the window in training, part of the box's side
 FOCAL_WEIGHT = 20.0  # of the focal loss against Dice, as SAM was trained
+EDGE_WEIGHT = 5.0  # of a pixel in a mask's edge, beside 1 for every pixel
+EDGE_REACH = 16  # an edge reaches one part in so many of the window's side to either side
+AVERAGE = 0.98  # share of the averaged weights that a step keeps: of about the last 50
+PROMPTS = {"boxes": 0.8, "boxes+points": 0.1, "points": 0.1}  # and how often each is shown
+DECOYS = 0.15  # part of the examples without a defect: the place of one in a good picture
+SECOND_PASS = 0.25  # part of the steps with one
+CALIBRATION_DRAWS = 5  # boxes of each validation defect
 COMMAND = "finetune-sam"
 BEST = "sam.safetensors"
 
 
 @dataclass(frozen=True)
-class Instance:
-    """One true defect: its image and its index among the image's true instances."""
+class TrainingSet:
+    """What there is to learn from."""
 
-    sample: Sample
-    index: int
-
-    @property
-    def box(self) -> np.ndarray:
-        return np.asarray(self.sample.truth.xyxy[self.index])
-
-    @property
-    def mask(self) -> np.ndarray:
-        assert self.sample.truth.mask is not None
-        return np.asarray(self.sample.truth.mask[self.index])
-
-
-@dataclass(frozen=True)
-class Example:
-    """What the network is shown of an instance."""
-
-    image: torch.Tensor  # (3, size, size): the encoder's input, normalised and padded
-    box: np.ndarray  # (4,) in the frame of the encoder's input
-    mask: np.ndarray  # (height, width) bool: the window in the image's own resolution
-    input_size: tuple[int, int]  # (height, width) of the window in the encoder's input
+    defects: list[Instance]
+    good: list[Sample]  # images without a defect
 
 
 def run(config: FinetuneSamConfig) -> None:
-    dataset = Dataset(config.data)
-    train = _instances(dataset.split("train", config.fold))
-    val = _instances(dataset.split("val", config.fold))
-    if not train:
-        raise UserError(f"--data: expected defects in {config.data}'s train split, found none")
+    datasets = [Dataset(folder) for folder in config.data]
+    seen, val = (
+        [sample for dataset in datasets for sample in dataset.split(split, config.fold)]
+        for split in ("train", "val")
+    )
+    train = TrainingSet(instances(seen), [sample for sample in seen if not sample.annotations])
+    if not train.defects:
+        folders = ", ".join(map(str, config.data))
+        raise UserError(f"--data: expected defects in the train split of {folders}, found none")
     device = torch_device(config.device)
     last = config.out / "last.pt"
     if config.resume and not last.is_file():
@@ -84,46 +87,50 @@ def run(config: FinetuneSamConfig) -> None:
         record.claim(config.out, config.force)
         record.write_config(config.out, COMMAND, config)
     loaded.model.to(device)
-    fit(loaded, train, val, config)
+    val = [sample for sample in val if sample.annotations]
+    tuned = fit(loaded, train, val, config)
+    tuned = replace(tuned, calibration=_calibration(tuned, val, config))
+    sams.save_sam(config.out / BEST, tuned)
     record.write_record(config.out, COMMAND, config)
     print(f"segmenter: {config.out / BEST}")
 
 
-def _instances(samples: list[Sample]) -> list[Instance]:
-    return [Instance(s, i) for s in samples for i in range(len(s.annotations))]
-
-
 def fit(
-    loaded: sams.LoadedSam, train: list[Instance], val: list[Instance], config: FinetuneSamConfig
-) -> None:
-    """Train until `epochs` or `patience` are used up. Without validation defects, to the end."""
+    loaded: sams.LoadedSam, train: TrainingSet, val: list[Sample], config: FinetuneSamConfig
+) -> sams.LoadedSam:
+    """Train for `epochs`; returns the averaged SAM. The validation IoU is only reported."""
     sam = loaded.model
     trained = _trained_parameters(sam, config)
     optimizer = torch.optim.AdamW(trained, weight_decay=WEIGHT_DECAY)
-    batches = -(-len(train) * config.repeats // config.batch)
+    copies_per_epoch = len(train.defects) * config.repeats
+    batches = -(-copies_per_epoch // config.batch)
     schedule = partial(_learning_rate, steps=config.epochs * batches)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
+    averaged = AveragedModel(sam, multi_avg_fn=get_ema_multi_avg_fn(AVERAGE))
+    both = torch.nn.ModuleDict({"live": sam, "averaged": averaged})
     signature = record.signature(COMMAND, config)
     rows: training.Rows = []
     if config.resume:
-        rows = training.restore_state(config.out / "last.pt", signature, sam, optimizer, scheduler)
+        rows = training.restore_state(config.out / "last.pt", signature, both, optimizer, scheduler)
     sam.eval()
     cache = _cached_embeddings(sam, train, config) if config.train == "decoder" else None
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
     with Progress(*columns) as progress:
         bar = progress.add_task("", total=config.epochs * batches, completed=len(rows) * batches)
-        while len(rows) < config.epochs and _since_best(rows) < config.patience:
+        while len(rows) < config.epochs:
             epoch = len(rows) + 1
             _train_mode(sam)
             losses = []
-            for copies in _batches(len(train) * config.repeats, config, epoch):
+            for step, copies in enumerate(_batches(copies_per_epoch, config, epoch)):
                 examples = [_training_example(sam, train, config, epoch, i) for i in copies]
-                loss = _loss(sam, examples, None if cache is None else cache[copies], config)
+                rng = np.random.default_rng([config.seed, epoch, step, 2])
+                loss = _loss(sam, examples, None if cache is None else cache[copies], config, rng)
                 optimizer.zero_grad()
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_([p for g in trained for p in g["params"]], 1.0)
                 optimizer.step()
                 scheduler.step()
+                averaged.update_parameters(sam)
                 losses.append(loss.item())
                 text = f"epoch {epoch}/{config.epochs} loss {np.mean(losses):.3f}"
                 progress.update(bar, advance=1, description=text)
@@ -133,17 +140,14 @@ def fit(
                     f"--lr: expected a lower one than {config.lr:g}, found that the loss is not "
                     f"finite in epoch {epoch}"
                 )
-            val_iou = mean_iou(loaded, val, config.zoom)
+            val_iou = mean_iou(replace(loaded, model=averaged.module), val, config.zoom)
             rows.append({"epoch": epoch, "train_loss": mean_loss, "val_iou": val_iou})
-            if _since_best(rows) == 0:
-                best_sam = lora.merged(sam) if config.train == "lora" else sam
-                sams.save_sam(config.out / BEST, best_sam, loaded.architecture, config.zoom)
             training.write_results(config.out / "results.csv", rows)
-            training.save_state(config.out / "last.pt", signature, sam, optimizer, scheduler, rows)
+            training.save_state(config.out / "last.pt", signature, both, optimizer, scheduler, rows)
             progress.console.print(f"{text}  val mean IoU {val_iou:.3f}")
-    best = rows[_best(rows)]["epoch"]
-    panels = (("train_loss",), ("val_iou",))
-    training.plot_curves(config.out / "curves.png", rows, panels, best)
+    training.plot_curves(config.out / "curves.png", rows, (("train_loss",), ("val_iou",)))
+    tuned = lora.merged(averaged.module) if config.train == "lora" else averaged.module
+    return replace(loaded, model=tuned.eval(), zoom=config.zoom, calibration=sams.AS_PREDICTED)
 
 
 def _batches(count: int, config: FinetuneSamConfig, epoch: int) -> list[np.ndarray]:
@@ -152,19 +156,20 @@ def _batches(count: int, config: FinetuneSamConfig, epoch: int) -> list[np.ndarr
     return np.array_split(order, -(-count // config.batch))
 
 
-def _cached_embeddings(sam: Sam, train: list[Instance], config: FinetuneSamConfig) -> np.ndarray:
+def _cached_embeddings(sam: Sam, train: TrainingSet, config: FinetuneSamConfig) -> np.ndarray:
     """The frozen encoder's output for every copy, (n, dim, h, w) float16, in a file of the run."""
+    count = len(train.defects) * config.repeats
     encoder = sam.image_encoder
     if config.cache is not None:
         encoder = CachedEncoder(encoder, config.cache, config.cache_gb)
     path = config.out / "embeddings.tmp"
     cache: np.ndarray | None = None
-    for i in track(range(len(train) * config.repeats), description="encoding"):
+    for i in track(range(count), description="encoding"):
         image = _training_example(sam, train, config, 0, i).image
         with torch.inference_mode(), _fast(sam):
             embedding = encoder(image[None])[0].float().cpu().numpy()
         if cache is None:
-            shape = (len(train) * config.repeats, *embedding.shape)
+            shape = (count, *embedding.shape)
             cache = np.memmap(path, np.float16, "w+", shape=shape)
             path.unlink()  # the file goes with the process, however it ends
         cache[i] = embedding
@@ -173,65 +178,36 @@ def _cached_embeddings(sam: Sam, train: list[Instance], config: FinetuneSamConfi
 
 
 def _training_example(
-    sam: Sam, train: list[Instance], config: FinetuneSamConfig, epoch: int, copy: int
+    sam: Sam, train: TrainingSet, config: FinetuneSamConfig, epoch: int, copy: int
 ) -> Example:
-    """A varied view of an instance: window, mirroring, light; and its box, each side moved a bit.
+    """A varied view of an instance, or of a place without one; and its box, moved a bit.
 
     The view changes from epoch to epoch, except with a frozen encoder, whose output is cached.
     """
-    instance = train[copy // config.repeats]
+    instance = train.defects[copy // config.repeats]
     view = np.random.default_rng([config.seed, copy, 0 if config.train == "decoder" else epoch])
-    example = make_example(sam, instance, config.zoom, view)
-    shift = np.random.default_rng([config.seed, copy, epoch, 1]).uniform(-1, 1, 4)
-    size = np.tile(example.box[2:] - example.box[:2], 2)
-    return replace(example, box=example.box + config.box_jitter * shift * size)
-
-
-def make_example(sam: Sam, instance: Instance, zoom: float, rng: np.random.Generator) -> Example:
-    """Cut a window around an instance, vary it, and bring image, box and mask into SAM's frame."""
-    image, mask, box = _image(instance.sample), instance.mask, instance.box
-    side = (box[2:] - box[:2]).max()
-    centre = (box[:2] + box[2:]) / 2 + rng.uniform(-1, 1, 2) * WINDOW_JITTER * side
-    around = np.hstack([centre - side / 2, centre + side / 2])
-    scale = rng.uniform(1 - WINDOW_JITTER, 1 + 2 * WINDOW_JITTER)
-    window = prompting.window_around(around, mask.shape, zoom * scale)
-    x1, y1, x2, y2 = window
-    image, mask = image[y1:y2, x1:x2], mask[y1:y2, x1:x2]
-    box = np.clip(box - [x1, y1, x1, y1], 0, [x2 - x1, y2 - y1] * 2)
-    image, mask, box = _mirrored(image, mask, box, rng)
-    image = vary_light(np.ascontiguousarray(image), rng)
-    height, width = mask.shape
-    tensor, size = prompting.encoder_input(sam, image, (0, 0, width, height))
-    box = prompting.to_input_frame(box.reshape(2, 2), (0, 0, width, height), size).ravel()
-    return Example(tensor, box, np.ascontiguousarray(mask), size)
-
-
-@lru_cache(maxsize=64)  # decoding takes longer than everything else that makes an example
-def _image(sample: Sample) -> np.ndarray:
-    return sample.image()
-
-
-def _mirrored(
-    image: np.ndarray, mask: np.ndarray, box: np.ndarray, rng: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """One of the eight mirrorings and quarter turns of a picture, its mask and its box."""
-    transpose, flip_x, flip_y = rng.integers(0, 2, 3)
-    if transpose:
-        image, mask, box = image.swapaxes(0, 1), mask.T, box[[1, 0, 3, 2]]
-    height, width = mask.shape
-    if flip_x:
-        image, mask = image[:, ::-1], mask[:, ::-1]
-        box = np.array([width - box[2], box[1], width - box[0], box[3]])
-    if flip_y:
-        image, mask = image[::-1], mask[::-1]
-        box = np.array([box[0], height - box[3], box[2], height - box[1]])
-    return image, mask, box
+    size = instance.sample.width, instance.sample.height
+    good = [sample for sample in train.good if (sample.width, sample.height) == size]
+    if good and view.uniform() < DECOYS:
+        place = good[view.integers(len(good))]
+        example = make_decoy(sam, place, instance, config.zoom, config.free_pose, view)
+    else:
+        example = make_example(sam, instance, config.zoom, config.free_pose, view)
+    rng = np.random.default_rng([config.seed, copy, epoch, 1])
+    return replace(example, box=jittered(example.box, config.box_jitter, rng))
 
 
 def _loss(
-    sam: Sam, examples: list[Example], cached: np.ndarray | None, config: FinetuneSamConfig
+    sam: Sam,
+    examples: list[Example],
+    cached: np.ndarray | None,
+    config: FinetuneSamConfig,
+    rng: np.random.Generator,
 ) -> torch.Tensor:
-    """Dice plus BCE or focal loss of the masks, and the error of the predicted IoU."""
+    """The loss of the masks that one kind of prompt gives; now and then also of a second pass.
+
+    As SAM was trained, a second pass is shown the mask of the first beside the box.
+    """
     device = sam.device
     with _fast(sam):
         if cached is None:
@@ -240,14 +216,51 @@ def _loss(
             embeddings = torch.from_numpy(cached).to(device)
         embeddings = embeddings.float()
     boxes = torch.from_numpy(np.stack([e.box for e in examples])).float().to(device)
-    sparse, dense = prompting.encode_prompts(sam, boxes, "boxes")
-    logits, predicted_iou = prompting.decode(sam, embeddings, sparse, dense)
+    prompt = rng.choice(list(PROMPTS), p=list(PROMPTS.values()))
+    points = torch.stack([_point(e, rng) for e in examples]).to(device)
+    prompts = prompting.encode_prompts(sam, boxes, prompt, points)
+    logits, iou = prompting.decode(sam, embeddings, *prompts)
+    loss = _decoded_loss(sam, examples, logits, iou, config)
+    if rng.uniform() < SECOND_PASS:
+        prompts = prompting.encode_prompts(sam, boxes, "boxes+masks", masks=logits.detach())
+        logits, iou = prompting.decode(sam, embeddings, *prompts)
+        loss = (loss + _decoded_loss(sam, examples, logits, iou, config)) / 2
+    return loss
+
+
+def _point(example: Example, rng: np.random.Generator) -> torch.Tensor:
+    """A pixel of the mask as a foreground point: (1, 3) x, y and label in the input frame.
+
+    Where there is no mask, the centre of the box.
+    """
+    rows, columns = np.nonzero(example.mask)
+    if len(rows) == 0:
+        x, y = (example.box[:2] + example.box[2:]) / 2
+        return torch.tensor([[x, y, 1.0]])
+    i = rng.integers(len(rows))
+    scale = example.input_size[1] / example.mask.shape[1]
+    return torch.tensor([[(columns[i] + 0.5) * scale, (rows[i] + 0.5) * scale, 1.0]])
+
+
+def _decoded_loss(
+    sam: Sam,
+    examples: list[Example],
+    logits: torch.Tensor,
+    predicted_iou: torch.Tensor,
+    config: FinetuneSamConfig,
+) -> torch.Tensor:
+    """Dice plus BCE or focal loss of the masks, and the error of the predicted IoU.
+
+    Where there is no defect, the predicted IoU alone: it should be 0.
+    """
+    device = logits.device
     targets = [_target(e, logits.shape[-1] / sam.image_encoder.img_size) for e in examples]
     total = torch.zeros((), device=device)
     for mask_logits, iou, target in zip(logits[:, 0], predicted_iou[:, 0], targets, strict=True):
         target = target.to(device)
         x = mask_logits[: target.shape[0], : target.shape[1]]  # the rest is padding
-        total = total + _mask_loss(x, target, config.loss)
+        if target.any():
+            total = total + _mask_loss(x, target, config.loss)
         with torch.no_grad():
             found, true = x > sam.mask_threshold, target >= 0.5
             true_iou = (found & true).sum() / (found | true).sum().clamp(min=1)
@@ -268,14 +281,20 @@ def _target(example: Example, scale: float) -> torch.Tensor:
 
 
 def _mask_loss(logits: torch.Tensor, target: torch.Tensor, kind: str) -> torch.Tensor:
-    """Dice (Milletari et al., arXiv 1606.04797) plus BCE or focal loss (Lin et al., 1708.02002)."""
+    """Dice (Milletari et al., arXiv 1606.04797) plus BCE or focal loss (Lin et al., 1708.02002).
+
+    Pixels near an edge weigh more, as in F3Net (Wei et al., AAAI 2020, arXiv 1911.11445).
+    """
+    reach = 2 * (max(target.shape) // EDGE_REACH) + 1
+    smooth = F.avg_pool2d(target[None], reach, 1, reach // 2, count_include_pad=False)[0]
+    weight = 1 + EDGE_WEIGHT * (smooth - target).abs()
     probability = logits.sigmoid()
-    dice = 1 - (2 * (probability * target).sum() + 1) / (probability.sum() + target.sum() + 1)
+    both, sum_ = (weight * probability * target).sum(), (weight * (probability + target)).sum()
+    dice = 1 - (2 * both + 1) / (sum_ + 1)
     bce = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
     if kind == "focal":
-        bce = bce * (probability - target).abs() ** 2
-        return dice + FOCAL_WEIGHT * bce.mean()
-    return dice + bce.mean()
+        bce = FOCAL_WEIGHT * bce * (probability - target).abs() ** 2
+    return dice + (weight * bce).sum() / weight.sum()
 
 
 def _fast(sam: Sam) -> torch.autocast:
@@ -285,25 +304,43 @@ def _fast(sam: Sam) -> torch.autocast:
     return torch.autocast(kind, torch.bfloat16, enabled=gains and has_fast_bfloat16(kind))
 
 
-def mean_iou(loaded: sams.LoadedSam, instances: list[Instance], zoom: float) -> float:
-    """Mean IoU of the masks that the true boxes give; nan without instances."""
+def mean_iou(loaded: sams.LoadedSam, samples: list[Sample], zoom: float) -> float:
+    """Mean IoU of the masks that the true boxes give; nan without any."""
+    _, true = _predicted_and_true_iou(loaded, samples, zoom, [s.truth for s in samples])
+    return float(true.mean()) if len(true) else math.nan
+
+
+def _predicted_and_true_iou(
+    loaded: sams.LoadedSam, samples: list[Sample], zoom: float, prompts: list[sv.Detections]
+) -> tuple[np.ndarray, np.ndarray]:
+    """(n,) IoU estimates and (n,) IoUs of the masks that boxes of the true instances give."""
     segmenter = Segmenter(loaded, zoom, loaded.model.device)
-    scores = []
-    for sample in dict.fromkeys(instance.sample for instance in instances):
-        found = segmenter.segment(sample.image(), sample.truth)
+    predicted, true = [], []
+    for sample, boxes in zip(samples, prompts, strict=True):
+        found = segmenter.segment(sample.image(), boxes)
         pairs = zip(np.asarray(found.mask), np.asarray(sample.truth.mask), strict=True)
-        scores += [masks.iou(mask, truth) for mask, truth in pairs]
-    return float(np.mean(scores)) if scores else math.nan
+        predicted += np.asarray(found.data["quality"]).tolist()
+        true += [masks.iou(mask, truth) for mask, truth in pairs]
+    return np.array(predicted), np.array(true)
 
 
-def _best(rows: training.Rows) -> int:
-    """Index of the row with the highest validation IoU; the last one where there is none."""
-    scores = [row["val_iou"] for row in rows]
-    return len(rows) - 1 if math.isnan(scores[-1]) else int(np.argmax(scores))
-
-
-def _since_best(rows: training.Rows) -> int:
-    return len(rows) - 1 - _best(rows) if rows else 0
+def _calibration(
+    loaded: sams.LoadedSam, samples: list[Sample], config: FinetuneSamConfig
+) -> Calibration:
+    """What brings predicted IoUs close to the true ones, on the validation defects."""
+    predicted, true = [], []
+    for draw in range(CALIBRATION_DRAWS):
+        rng = np.random.default_rng([config.seed, draw, 3])
+        prompts = []
+        for sample in samples:
+            boxes = [jittered(box, config.box_jitter, rng) for box in sample.truth.xyxy]
+            prompts.append(
+                sv.Detections(xyxy=np.array(boxes, np.float32), class_id=sample.truth.class_id)
+            )
+        some_predicted, some_true = _predicted_and_true_iou(loaded, samples, config.zoom, prompts)
+        predicted.append(some_predicted)
+        true.append(some_true)
+    return quality.fit(np.concatenate(predicted), np.concatenate(true))
 
 
 def _train_mode(sam: Sam) -> None:

@@ -40,7 +40,7 @@ def run(config: SegmentConfig) -> None:
     if config.cache is not None:
         encoder = loaded.model.image_encoder
         loaded.model.image_encoder = CachedEncoder(encoder, config.cache, config.cache_gb)
-    segmenter = Segmenter(loaded, config.zoom, device)
+    segmenter = Segmenter(loaded, config.zoom, device, config.flip)
     pictures, count = _pictures(config, dataset)
     record.claim(config.out, config.force)
     record.write_config(config.out, COMMAND, config)
