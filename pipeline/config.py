@@ -43,6 +43,22 @@ def _check_zoom(zoom: float) -> float:
 Zoom = Annotated[float, Field(ge=0), AfterValidator(_check_zoom)]
 SplitName = Literal["train", "val", "test"]
 
+FOLD = "{fold}"  # in a path: the number of the fold
+
+
+def of_fold(path: Path, fold: int) -> Path:
+    """A path with the number of a fold in place of `{fold}`."""
+    return Path(str(path).replace(FOLD, str(fold)))
+
+
+def _check_fold(fold: object) -> object:
+    if fold is None or fold == "all" or str(fold).isdecimal():
+        return fold
+    raise ValueError(f"expected the number of a fold, or 'all', found {fold!r}")
+
+
+FoldOrAll = Annotated[int | Literal["all"] | None, BeforeValidator(_check_fold)]
+
 # Options whose default differs from training to training.
 Epochs = Annotated[PositiveInt, Field(description="most passes over the training images")]
 Patience = Annotated[
@@ -301,15 +317,20 @@ class EvaluateConfig(StageConfig):
 
     inputs: ClassVar[tuple[str, ...]] = ("data", "predictions", "truth_boxes", "classifiers")
     data: Path = Field(description="dataset folder written by `pipeline convert`")
-    predictions: Path = Field(description="output folder of `pipeline segment`")
+    predictions: Path = Field(
+        description="output folder of `pipeline segment`; with --fold all, '{fold}' in a path is "
+        "the number of the fold"
+    )
     truth_boxes: Path | None = Field(
         None, description="output folder of `pipeline segment --boxes truth`: the upper bound"
     )
     classifiers: tuple[Path, ...] = Field(
         (), description="output folders of `pipeline finetune-classifier`"
     )
-    fold: int | None = Field(
-        None, ge=0, description="fold of the dataset instead of its single split"
+    fold: FoldOrAll = Field(
+        None,
+        description="fold of the dataset instead of its single split; 'all': every fold's test "
+        "images, each with the predictions of its fold",
     )
     split: SplitName = Field("test", description="split that is measured")
     threshold: Fraction | None = Field(
@@ -327,6 +348,21 @@ class EvaluateConfig(StageConfig):
         1000, ge=0, description="bootstrap resamples for the intervals (0: none)"
     )
     seed: Seed = Field(0, description="seed of the bootstrap")
+
+    @model_validator(mode="after")
+    def _check_folds(self) -> EvaluateConfig:
+        if self.fold != "all":
+            return self
+        _check_split_of_all(self.split)
+        folders = {"predictions": self.predictions, "truth_boxes": self.truth_boxes}
+        folders |= {"classifiers": next((c for c in self.classifiers if FOLD not in str(c)), None)}
+        for name, folder in folders.items():
+            if folder is not None and FOLD not in str(folder):
+                flag = flag_of(EvaluateConfig, name)
+                raise ValueError(
+                    f"{flag}: expected a path with {FOLD} beside --fold all, found {folder}"
+                )
+        return self
 
 
 class MeasureConfig(StageConfig):
@@ -349,17 +385,34 @@ class OverlayConfig(StageConfig):
     source: Path = Field(description="dataset folder, folder of images, or video")
     predictions: Path | None = Field(None, description="output folder of `pipeline segment`")
     split: SplitName = Field("test", description="split of a dataset")
-    fold: int | None = Field(
-        None, ge=0, description="fold of the dataset instead of its single split"
+    fold: FoldOrAll = Field(
+        None,
+        description="fold of the dataset instead of its single split; 'all': the test images of "
+        "all folds",
     )
     show: Literal["both", "truth", "prediction"] = Field("both", description="what is drawn")
     order: Literal["class", "error"] = Field("class", description="frames by class, or worst first")
     only: Literal["all", "errors"] = Field(
         "all", description="'errors': misses and false alarms alone"
     )
-    threshold: Fraction = Field(0.25, description="score from which a box is drawn")
+    threshold: Fraction | None = Field(
+        None,
+        description="score from which a box is drawn (default: that of the image's fold in pooled "
+        "predictions, else 0.25)",
+    )
     seconds_per_image: PositiveFloat = Field(1.0, description="how long an image stays")
     height: int = Field(640, ge=64, le=2160, description="height of each panel in pixels")
+
+    @model_validator(mode="after")
+    def _check_fold_and_split(self) -> OverlayConfig:
+        if self.fold == "all":
+            _check_split_of_all(self.split)
+        return self
+
+
+def _check_split_of_all(split: SplitName) -> None:
+    if split != "test":  # of the other splits, an image is in several folds
+        raise ValueError(f"--split: expected 'test' beside --fold all, found {split!r}")
 
 
 SECTIONS: dict[str, type[StageConfig]] = {  # of a run: the options of one stage each
@@ -400,7 +453,11 @@ class RunConfig(Config):
         default_factory=lambda: Path(os.environ.get("PIPELINE_MVTEC_ROOT") or "datasets/mvtec_ad"),
         description="folder of the MVTec categories: convert.source is one of them",
     )
-    fold: int | None = Field(None, ge=0, description="fold of the dataset for all stages")
+    fold: FoldOrAll = Field(
+        None,
+        description="fold of the dataset for all stages, under fold<K>/; 'all': each of them, and "
+        "one evaluation of all images",
+    )
     # The sections hold the options of the command of the same name; what links one stage to the
     # next (data, out, ...) is filled in by `plan` in pipeline/stages/run.py.
     synth: Annotated[dict[str, Any], _options_of("synth")] | None = None
@@ -428,6 +485,26 @@ class RunConfig(Config):
             raise ValueError("convert.source: expected none beside a section synth, found one")
         if self.finetune_sam is not None and "sam" in self.segment:
             raise ValueError("segment.sam: expected none beside a section finetune_sam, found one")
+        return self
+
+    @model_validator(mode="after")
+    def _check_folds(self) -> RunConfig:
+        if self.fold != "all":
+            return self
+        if not self.convert.get("folds"):
+            raise ValueError("convert.folds: expected 2 or more for fold all, found none")
+        if self.evaluate.get("split", "test") != "test":
+            found = self.evaluate["split"]
+            raise ValueError(f"evaluate.split: expected 'test' for fold all, found {found!r}")
+        per_fold = {"finetune_yolo": self.finetune_yolo, "segment": self.segment}
+        per_fold |= {"finetune_sam": self.finetune_sam or {}}
+        per_fold |= {f"finetune_classifier.{k}": v for k, v in self.finetune_classifier.items()}
+        for section, options in per_fold.items():
+            if FOLD not in str(options.get("out", FOLD)):
+                raise ValueError(
+                    f"{section}.out: expected a path with {FOLD} for fold all, "
+                    f"found {options['out']}"
+                )
         return self
 
 

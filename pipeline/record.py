@@ -3,12 +3,14 @@
 Every stage writes `config.yaml` and `begun.json` into its output folder when it begins. At its
 end `run.json` takes the place of `begun.json`, so a folder that has it is complete. A result that
 is one file, such as `review.mp4`, has one beside it, `review.mp4.json`, with the options as well.
+`pipeline run` adds the seconds that a stage took.
 """
 
 from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import platform
 import shlex
@@ -19,7 +21,7 @@ from typing import Any
 import yaml
 
 from pipeline import __version__, resources
-from pipeline.config import Config, RunConfig, StageConfig
+from pipeline.config import FOLD, Config, RunConfig, StageConfig, of_fold
 from pipeline.data.files import read_json, sha256, write_json, write_text
 from pipeline.errors import UserError
 from pipeline.models.weights import load_registry
@@ -92,6 +94,19 @@ def write_record(out: Path, command: str, config: StageConfig) -> None:
         (out / "begun.json").unlink(missing_ok=True)
 
 
+def write_seconds(out: Path, seconds: float | None) -> None:
+    """Note in a finished result's record how long it took; None for what was interrupted."""
+    path = record_path(out)
+    rounded = None if seconds is None else round(seconds, 1)
+    write_json(path, {**read_json(path), "seconds": rounded})
+
+
+def seconds_of(out: Path) -> float | None:
+    """How long a finished result took, if its record says so."""
+    found: float | None = read_json(record_path(out)).get("seconds")
+    return found
+
+
 def versions() -> dict[str, Any]:
     """What is running: this package and its revision, Python, and the packages that count."""
     return {
@@ -119,6 +134,10 @@ def _fingerprint_of(item: Path | str) -> str | None:
     """What identifies the file, the folder or the weights of this name, if there are any."""
     if Path(item).exists():
         return fingerprint(Path(item))
+    if FOLD in str(item):  # one path for each fold
+        paths = (of_fold(Path(item), fold) for fold in itertools.count())
+        parts = [fingerprint(path) for path in itertools.takewhile(Path.exists, paths)]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest() if parts else None
     entry = load_registry().get(str(item))
     return entry.sha256 if entry else None
 

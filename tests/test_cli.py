@@ -258,7 +258,7 @@ def test_all_problems_of_file_flags_and_assignments_come_at_once(
             "--set out.deep: expected keys and values in out, found 'o'",
             "--set segment.zoom: expected a YAML value, found '[1'",
             "--set finetune_yolo.epoch: unknown key, did you mean 'epochs'?",
-            "--fold: expected greater than or equal to 0, found '-1'",
+            "--fold: expected the number of a fold, or 'all', found '-1'",
             f"{file}: convert.sede: unknown key, did you mean 'seed'?",
             f"{file}: 7: unknown key",
             "stray: expected a flag, found a value",

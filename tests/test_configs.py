@@ -64,7 +64,7 @@ def test_what_is_promised_ships(monkeypatch: pytest.MonkeyPatch) -> None:
     assert transistor.finetune_sam["model"] == "mobile-sam"
 
 
-@pytest.mark.parametrize("name", ["demo", "leather", "transistor-offline"])
+@pytest.mark.parametrize("name", ["demo", "leather", "transistor-offline", "transistor-5fold"])
 def test_nothing_is_downloaded_offline(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = parse(ROOT / "configs" / f"{name}.yaml", monkeypatch)
     for _, stage in run_stage.plan(settings):
@@ -79,6 +79,19 @@ def test_the_start_of_the_detector_can_be_chosen(monkeypatch: pytest.MonkeyPatch
     settings = parse(path, monkeypatch, "--init", "yolov8n.pt")
     detector = dict(run_stage.plan(settings))["finetune-yolo"]
     assert detector.model_dump()["model"] == "yolov8n.pt"
+
+
+def test_five_folds_differ_from_the_single_split_in_nothing_else(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    one = parse(ROOT / "configs" / "transistor-offline.yaml", monkeypatch)
+    five = parse(ROOT / "configs" / "transistor-5fold.yaml", monkeypatch, "--init", "yolov8n.pt")
+    other = {"out", "fold", "init", "convert"}
+    same = (config.model_dump(exclude=other) for config in (one, five))
+    assert next(same) == next(same)
+    plan = run_stage.plan(five)
+    detectors = [stage.model_dump() for name, stage in plan if name == "finetune-yolo"]
+    assert [(d["fold"], d["model"]) for d in detectors] == [(k, "yolov8n.pt") for k in range(5)]
 
 
 def test_the_study_has_its_five_rows(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -51,3 +51,22 @@ def test_run_from_nothing_to_a_report_and_then_from_what_is_there(
     cli.main(command)
     assert written() == before
     assert capsys.readouterr().out.count("up to date") == 9
+
+
+@pytest.mark.timeout(300)
+def test_every_image_is_tested_once_in_two_folds(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny = [*TINY, "convert.folds=2", "finetune_sam=null", "finetune_classifier={}"]
+    config = str(ROOT / "configs" / "demo.yaml")
+    cli.main(["run", config, "--fold", "all", "--out", str(tmp_path), "--set", *tiny])
+    evaluation = tmp_path / "evaluation"
+    metrics = json.loads((evaluation / "metrics.json").read_text())
+    assert metrics["images"] == 24  # 8 good ones, 4 of each of 4 defects
+    assert [fold["images"] for fold in metrics["folds"]] == [12, 12]
+    assert sum(metrics["errors"].values()) >= len(metrics["missed"])
+    images = json.loads((evaluation / "out_of_fold" / "images.json").read_text())["images"]
+    assert sorted(image["id"] for image in images) == list(range(1, 25))
+    assert (evaluation / "errors" / "index.html").is_file()
+    assert probe(tmp_path / "review.mp4").frames == 24
+    assert "fold 1: " in capsys.readouterr().out

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from pycocotools import mask as coco_mask
 
-from pipeline.config import EvaluateConfig
+from pipeline import record
+from pipeline.config import EvaluateConfig, build
 from pipeline.errors import UserError
 from pipeline.stages.evaluate import run
 
@@ -42,15 +43,25 @@ class World:
 
     def add(self, split: str, *truth: tuple[int, Box]) -> int:
         """Add an image with (category, box) instances, and return its id."""
-        image_id = sum(map(len, self.splits.values())) + 1
+        image_id = len(self.images) + 1
         cls = self.classes[truth[0][0] - 1] if truth else "good"
         image = {"id": image_id, "name": f"{cls}__{image_id:03}.png", "truth": truth}
         self.splits.setdefault(split, []).append(image)
         return image_id
 
+    def add_again(self, split: str, image_id: int) -> None:
+        """Put an image into another split as well: folds share them."""
+        (image,) = (image for image in self.images if image["id"] == image_id)
+        self.splits.setdefault(split, []).append(image)
+
+    @property
+    def images(self) -> list[dict[str, Any]]:
+        every = [image for images in self.splits.values() for image in images]
+        return list({image["id"]: image for image in every}.values())
+
     def write(self) -> Path:
         data = self.root / "data"
-        everything = [image for images in self.splits.values() for image in images]
+        everything = self.images
         for stem, images in {"instances": everything, **self.splits}.items():
             name = stem if stem == "instances" else f"instances_{stem}"
             self._json(data / "annotations" / f"{name}.json", self._coco(images))
@@ -74,20 +85,20 @@ class World:
         ]
         for result, value in zip(results, quality, strict=False):
             result["quality"] = value
-        everything = [image for images in self.splits.values() for image in images]
         self._json(self.root / folder / "predictions.json", results)
-        coco = {**self._coco(everything), "annotations": []}
+        coco = {**self._coco(self.images), "annotations": []}
         self._json(self.root / folder / "images.json", coco)
         return self.root / folder
 
-    def truth_boxes(self, masks: bool = True, quality: Sequence[float] = ()) -> Path:
+    def truth_boxes(
+        self, masks: bool = True, quality: Sequence[float] = (), folder: str = "truth_boxes"
+    ) -> Path:
         entries = [
             (image["id"], category, box, 1.0)
-            for images in self.splits.values()
-            for image in images
+            for image in self.images
             for category, box in image["truth"]
         ]
-        return self.predict("truth_boxes", *entries, masks=masks, quality=quality)
+        return self.predict(folder, *entries, masks=masks, quality=quality)
 
     def classify(self, folder: str, name: str, decisions: dict[int, str]) -> Path:
         """Write certain decisions, with the classes in an order other than the dataset's."""
@@ -219,6 +230,19 @@ def test_figures_of_a_case_worked_out_by_hand(world: World) -> None:
         (3, "damaged_case"), (4, "misplaced"),
     ]  # fmt: skip
     assert metrics["missed"][0]["bbox"] == list(BOX)
+    assert metrics["errors"] == {
+        "wrong_class": 1, "bad_box": 0, "both": 0, "duplicate": 0, "background": 2, "missed": 1,
+    }  # fmt: skip
+    # two good images allow no false alarm, so that only what is above 0.6 counts
+    assert metrics["recall_at_false_alarms"] == {
+        "recall": 0.5, "above_score": 0.6, "false_alarms": 0,
+    }  # fmt: skip
+    page = (world.root / "out" / "errors" / "index.html").read_text()
+    assert "3 false alarms and 2 missed defects in\n6 images" in page
+    assert page.count("<img") == 2 * 5
+    report = (world.root / "out" / "report.md").read_text()
+    assert "| boxes on no defect | 2 |" in report
+    assert "| Recall at 1 false alarm per 100 good images | 0.500 |" in report
     detector = metrics["image_decision"]["detector"]
     assert detector["confusion"] == [
         [1, 1, 0, 0, 0],
@@ -281,6 +305,8 @@ def test_a_class_without_truth_is_left_out(tmp_path: Path) -> None:
     assert metrics["mask"]["pixel_iou_per_class"] == {"bent_lead": 1, **nothing}
     assert metrics["box"]["map50"] == 1
     assert metrics["good_images"]["false_alarms_per_image"] is None
+    assert metrics["recall_at_false_alarms"] is None
+    assert metrics["intervals"]["box.ap50_per_class.bent_lead"] == [1, 1]
     assert metrics["image_decision"]["detector"]["balanced_accuracy"] == 1
     assert metrics["image_decision"]["detector"]["recall_per_class"]["good"] is None
     assert "good_images.false_alarms_per_image" not in metrics["intervals"]
@@ -298,6 +324,7 @@ def test_a_split_of_good_images_alone(tmp_path: Path, alarms: int) -> None:
     assert metrics["mask"]["mean_iou_all"] is None
     assert metrics["truth_boxes"]["mean_iou"] is None
     assert metrics["good_images"]["false_alarms_per_image"] == alarms / 4
+    assert metrics["recall_at_false_alarms"]["recall"] is None
     assert metrics["image_decision"]["detector"]["accuracy"] == 1 - alarms / 4
     assert metrics["image_decision"]["majority"]["accuracy"] == 1
 
@@ -448,7 +475,9 @@ def test_intervals_surround_the_figures_and_are_seeded(tmp_path: Path) -> None:
     assert set(metrics["intervals"]) == {
         "box.map50", "box.map50_95", "mask.map50", "mask.map50_95",
         "mask.mean_iou_matched", "mask.mean_iou_all", "truth_boxes.mean_iou",
-        "good_images.false_alarms_per_image",
+        "good_images.false_alarms_per_image", "recall_at_false_alarms.recall",
+        "box.ap50_per_class.bent_lead", "box.ap_per_class.bent_lead",
+        "mask.ap50_per_class.bent_lead", "mask.ap_per_class.bent_lead",
         *(
             f"image_decision.{name}.{key}"
             for name in ("detector", "majority")
@@ -489,8 +518,9 @@ def test_output_folder_is_complete(world: World, capsys: pytest.CaptureFixture[s
     out = world.root / "out"
     assert {path.name for path in out.iterdir()} == {
         "metrics.json", "report.md", "images.csv", "pr_curves.png", "confusion.png",
-        "config.yaml", "run.json",
+        "config.yaml", "run.json", "errors",
     }  # fmt: skip
+    assert [path.name for path in (out / "errors").iterdir()] == ["index.html"]  # there is none
     for plot in out.glob("*.png"):
         image = cv2.imread(str(plot))
         assert image is not None and min(image.shape[:2]) > 300
@@ -549,3 +579,175 @@ def test_input_that_does_not_fit_is_refused(
     with pytest.raises(UserError, match=message):
         evaluate(data, predictions, **options)
     assert not (world.root / "out").exists()
+
+
+# All folds together
+
+
+def in_folds(root: Path) -> World:
+    """Two folds. Images 1 and 3 are tested in the first, 2 and 4 in the second; 3 and 4 are good.
+
+    What one tests is the other's val split.
+    """
+    world = World(root, classes=("scratch",))
+    for image in (((1, BOX),), ((1, BOX),), (), ()):
+        number = len(world.images)
+        image_id = world.add(f"fold{number % 2}_test", *image)
+        world.add_again(f"fold{1 - number % 2}_val", image_id)
+    return world
+
+
+def predict_folds(world: World) -> Path:
+    """The first fold's model scores high, the second's low; each also on the other's images."""
+    world.predict(
+        "found/fold0",
+        (1, 1, BOX, 0.9),
+        (3, 1, BOX, 0.7),
+        (2, 1, BOX, 0.8),  # its val split: the best threshold is (0.8 + 0.6) / 2
+        (4, 1, BOX, 0.6),
+    )
+    world.predict(
+        "found/fold1",
+        (2, 1, BOX, 0.4),
+        (4, 1, BOX, 0.1),
+        (1, 1, BOX, 0.3),  # its val split: (0.3 + 0.2) / 2
+        (3, 1, BOX, 0.2),
+    )
+    return world.root / "found" / "fold{fold}"
+
+
+def test_each_fold_is_measured_at_the_threshold_of_its_own_val_split(tmp_path: Path) -> None:
+    world = in_folds(tmp_path)
+    found = predict_folds(world)
+    metrics = evaluate(world.write(), found, fold="all", threshold=None, resamples=20)
+    assert metrics["fold"] == "all"
+    assert metrics["threshold"]["value"] is None
+    folds = metrics["folds"]
+    assert [fold["threshold"]["value"] for fold in folds] == [
+        pytest.approx(0.7), pytest.approx(0.25),
+    ]  # fmt: skip
+    assert [(fold["fold"], fold["images"], fold["instances"]) for fold in folds] == [
+        (0, 2, 1), (1, 2, 1),
+    ]  # fmt: skip
+    assert [fold["box"]["map50"] for fold in folds] == [1, 1]
+    # pooled, the first fold's alarm at 0.7 comes before the second fold's find at 0.4
+    assert metrics["box"]["map50"] == pytest.approx((51 + 50 * 2 / 3) / 101, abs=1e-6)
+    assert (metrics["images"], metrics["instances"], metrics["missed"]) == (4, 2, [])
+    assert metrics["verdicts"] == {
+        "hit": 2, "miss": 0, "wrong class": 0, "false alarm": 1, "correct": 1,
+    }  # fmt: skip
+    assert metrics["recall_at_false_alarms"]["recall"] == 0.5
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert "Evaluation of all folds" in report
+    assert "| 1 | 2 | 1 | 0.250 | 1.000 | 1.000 |" in report
+
+
+def test_the_predictions_of_all_folds_are_those_of_the_models_that_never_saw_the_image(
+    tmp_path: Path,
+) -> None:
+    world = in_folds(tmp_path)
+    evaluate(world.write(), predict_folds(world), fold="all", threshold=None)
+    pooled = tmp_path / "out" / "out_of_fold"
+    results = json.loads((pooled / "predictions.json").read_text())
+    assert sorted((entry["image_id"], entry["score"]) for entry in results) == [
+        (1, 0.9), (2, 0.4), (3, 0.7), (4, 0.1),
+    ]  # fmt: skip
+    images = json.loads((pooled / "images.json").read_text())["images"]
+    assert sorted((image["id"], image["fold"]) for image in images) == [
+        (1, 0), (2, 1), (3, 0), (4, 1),
+    ]  # fmt: skip
+    assert {round(image["threshold"], 3) for image in images} == {0.7, 0.25}
+    again = evaluate(tmp_path / "data", tmp_path / "found" / "fold0", fold=0)
+    assert again["folds"] is None
+    assert not pooled.exists()  # nor what another evaluation has left
+
+
+def test_classifiers_and_true_boxes_are_pooled_with_their_folds(tmp_path: Path) -> None:
+    world = in_folds(tmp_path)
+    wrong = {1: "good", 2: "good", 3: "scratch", 4: "scratch"}
+    right = {1: "scratch", 2: "scratch", 3: "good", 4: "good"}
+    for fold, tested in enumerate(((1, 3), (2, 4))):  # right about what it tests alone
+        decisions = {i: right[i] if i in tested else wrong[i] for i in wrong}
+        world.classify(f"classifier/fold{fold}", "net", decisions)
+        world.truth_boxes(folder=f"truth/fold{fold}")
+    metrics = evaluate(
+        world.write(),
+        predict_folds(world),
+        fold="all",
+        classifiers=(tmp_path / "classifier" / "fold{fold}",),
+        truth_boxes=tmp_path / "truth" / "fold{fold}",
+    )
+    assert metrics["image_decision"]["net"]["accuracy"] == 1
+    assert metrics["truth_boxes"]["mean_iou"] == 1
+    assert metrics["threshold"]["value"] == 0.5  # as given, for all folds
+
+
+def test_each_fold_has_its_own_line_of_review(tmp_path: Path) -> None:
+    world = in_folds(tmp_path)
+    world.predict(
+        "found/fold0",
+        (1, 1, BOX, 0.9),
+        (2, 1, HALF, 0.9),
+        (2, 1, BOX, 0.8),
+        quality=(0.6, 0.7, 0.9),
+    )  # badly drawn in its val split with 0.7: listed under 0.8
+    world.predict(
+        "found/fold1",
+        (2, 1, BOX, 0.9),
+        (1, 1, HALF, 0.9),
+        (1, 1, BOX, 0.8),
+        quality=(0.6, 0.2, 0.6),
+    )  # with 0.2: listed under 0.4
+    metrics = evaluate(world.write(), tmp_path / "found" / "fold{fold}", fold="all")
+    assert [fold["review"]["below"] for fold in metrics["folds"]] == [
+        pytest.approx(0.8), pytest.approx(0.4),
+    ]  # fmt: skip
+    assert metrics["review"]["below"] is None
+    assert metrics["review"]["predictions"]["masks"] == 2
+    assert metrics["review"]["predictions"]["listed"] == 1
+
+
+@pytest.mark.parametrize(
+    ("break_it", "message"),
+    [
+        (lambda w: None, "expected a JSON file, found nothing there"),
+        (lambda w: w.add_again("fold1_test", 1), "tested in one fold, found 5 test images, 4 of"),
+        (lambda w: w.add("test"), "each of 5 images to be tested in one fold, found 4"),
+        (lambda w: w.splits.pop("fold0_test"), "expected folds .*, found none"),
+    ],
+)
+def test_folds_that_are_not_a_partition_are_refused(
+    tmp_path: Path, break_it: Any, message: str
+) -> None:
+    world = in_folds(tmp_path)
+    break_it(world)
+    with pytest.raises(UserError, match=message):
+        evaluate(world.write(), tmp_path / "none" / "fold{fold}", fold="all")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"predictions": "p"}, r"--predictions: expected a path with {fold} .*, found p"),
+        ({"truth_boxes": "t"}, r"--truth-boxes: expected a path with {fold} .*, found t"),
+        ({"classifiers": ["{fold}/c", "d"]}, r"--classifiers: expected .*, found d"),
+        ({"split": "val"}, "--split: expected 'test' beside --fold all, found 'val'"),
+        ({"fold": "some"}, "--fold: expected the number of a fold, or 'all', found 'some'"),
+    ],
+)
+def test_options_that_do_not_go_with_all_folds(options: Any, message: str) -> None:
+    values = {"data": "d", "out": "o", "predictions": "p{fold}", "fold": "all"}
+    with pytest.raises(UserError, match=message):
+        build(EvaluateConfig, values | options)
+
+
+def test_a_change_in_any_fold_is_noticed(tmp_path: Path) -> None:
+    world = in_folds(tmp_path)
+    config = build(
+        EvaluateConfig,
+        {"data": world.write(), "predictions": predict_folds(world), "out": "o", "fold": "all"},
+    )
+    before = record.signature("evaluate", config)
+    assert record.signature("evaluate", config) == before
+    edit(tmp_path / "found" / "fold1" / "predictions.json", lambda c: c.pop())
+    assert record.signature("evaluate", config) != before

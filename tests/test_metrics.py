@@ -387,3 +387,53 @@ def test_resampled_confusions_are_those_of_the_drawn_images() -> None:
     first = decision_scores(found[0])
     assert scores.macro_f1[0] == first.macro_f1
     assert scores.balanced_accuracy[0] == first.balanced_accuracy
+
+
+# Recall at a rate of false alarms
+
+
+def finds(instances: list[tuple[int, float]], alarms: list[tuple[int, float]]) -> metrics.Finds:
+    a, b = (np.array(rows, float).reshape(-1, 2) for rows in (instances, alarms))
+    return metrics.Finds(a[:, 0].astype(int), a[:, 1], b[:, 0].astype(int), b[:, 1])
+
+
+@pytest.mark.parametrize(
+    ("good", "alarms", "recall", "above"),
+    [
+        (99, [0.5], 2 / 4, 0.5),  # 99 good images allow none
+        (100, [0.5], 3 / 4, -np.inf),  # a hundred allow one
+        (100, [0.5, 0.3], 3 / 4, 0.3),  # an instance at 0.35 counts, the second alarm does not
+        (100, [0.5, 0.5], 2 / 4, 0.5),  # of equal scores both come or none
+        (250, [0.9, 0.8, 0.7, 0.1], 1 / 4, 0.7),
+        (1, [], 3 / 4, -np.inf),
+    ],
+)
+def test_recall_at_one_false_alarm_per_hundred_good_images(
+    good: int, alarms: list[float], recall: float, above: float
+) -> None:
+    found = finds(
+        [(good, 0.9), (good, 0.6), (good, 0.35), (good, -np.inf)],
+        [(i % good, score) for i, score in enumerate(alarms)],
+    )
+    is_good = np.arange(good + 1) < good
+    values = metrics.recall_at_false_alarms(found, is_good, 0.01, np.ones((1, good + 1), int))
+    assert [float(v[0]) for v in values] == pytest.approx([recall, above])
+
+
+def test_recall_at_false_alarms_follows_the_resample() -> None:
+    found = finds([(1, 0.9), (2, 0.4)], [(0, 0.5)])
+    counts = np.array([[1, 1, 1], [0, 1, 1], [1, 3, 0], [2, 0, 0], [1, 1, 3]])
+    recall, _ = metrics.recall_at_false_alarms(found, np.array([True, False, False]), 0.01, counts)
+    np.testing.assert_allclose(recall, [0.5, np.nan, 1, np.nan, 0.25])
+
+
+def test_what_found_an_instance_is_known_whatever_the_threshold() -> None:
+    truths = [detections((0, 0, 10, 10, 0), (20, 0, 30, 10, 0)), detections()]
+    found = [
+        detections((0, 0, 10, 10, 0, 0.25), (0, 0, 10, 9, 0, 0.5), (20, 0, 30, 3, 0, 0.75)),
+        detections((0, 0, 10, 10, 0, 0.125)),
+    ]
+    result = metrics.find(truths, found)
+    assert result.instance_images.tolist() == [0, 0]
+    assert result.instance_scores.tolist() == [0.5, -np.inf]
+    assert (result.alarm_images.tolist(), result.alarm_scores.tolist()) == ([1], [0.125])

@@ -172,6 +172,23 @@ def test_without_predictions_the_truth_alone(root: Path, tmp_path: Path) -> None
     assert verdict_of(shown[0]) != verdict_of(film(root, tmp_path / "c.mp4")[0])  # no border
 
 
+def test_without_a_threshold_each_image_has_that_of_its_fold(root: Path, tmp_path: Path) -> None:
+    def given(asked: float | None, **own: float) -> overlay.Predictions:
+        images = read_json(root / "predictions" / "images.json")
+        for image in images["images"]:
+            image |= own
+        write_json(tmp_path / "images.json", images)
+        write_json(tmp_path / "predictions.json", read_json(root / "predictions/predictions.json"))
+        return overlay.Predictions(tmp_path, asked)
+
+    name, _, _, predicted, _ = next(i for i in IMAGES if i[0] == "good__d.png")
+    assert [score for _, _, score in predicted] == [0.1]
+    assert len(given(None).of(name, (SIZE, SIZE))) == 0  # the default is 0.25
+    assert len(given(None, threshold=0.1).of(name, (SIZE, SIZE))) == 1
+    assert len(given(0.2, threshold=0.1).of(name, (SIZE, SIZE))) == 0  # what is given counts
+    assert (given(None).cut, given(None, threshold=0.1).cut) == ("0.25", "0.1")
+
+
 def test_a_folder_of_images(root: Path, tmp_path: Path) -> None:
     out = tmp_path / "a.mp4"
     shown = film(root, out, source=root / "data" / "images")

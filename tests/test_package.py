@@ -120,7 +120,7 @@ def test_configurations_that_ship_are_found(installed: Path, tmp_path: Path) -> 
         "'masks' or 'boxes+masks', found 'x'"
     ]
     done = run(installed, tmp_path, *argv[:-2], "--fold", "x", "--set", "synth.size=1")
-    assert "--fold: expected a whole number" in done.stderr
+    assert "--fold: expected the number of a fold" in done.stderr
     code = f"from pipeline import resources as r; from pathlib import Path; \
 assert r.config_file(Path('demo.yaml')) == Path({str(path)!r}); assert not r.in_checkout()"
     assert run(installed, tmp_path, "-c", code).returncode == 0

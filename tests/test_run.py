@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import yaml
 
 from pipeline import record
 from pipeline.cli import COMMANDS
-from pipeline.config import RunConfig, StageConfig, TrainConfig, build
+from pipeline.config import RunConfig, StageConfig, TrainConfig, build, of_fold
 from pipeline.data.files import atomic_folder, read_json, write_json, write_text
 from pipeline.errors import UserError
 from pipeline.stages import run as run_stage
@@ -24,6 +25,7 @@ from pipeline.stages import run as run_stage
 WEIGHTS = {"finetune-yolo": "weights/best.pt", "finetune-sam": "sam.safetensors"}
 CHECKPOINT = {"finetune-yolo": "weights/last.pt"}
 EPOCHS = 3
+FOLDS = 2
 
 
 class Killed(BaseException):
@@ -76,7 +78,10 @@ class FakeStages:
         write_text(out / WEIGHTS.get(command, "result.txt"), result)
         self.point()
         if command == "evaluate":
-            write_json(out / "metrics.json", {"threshold": {"value": 0.375}, "result": result})
+            chosen = None if config.model_dump()["fold"] == "all" else 0.375
+            write_json(out / "metrics.json", {"threshold": {"value": chosen}, "result": result})
+            if chosen is None:
+                write_text(out / "out_of_fold" / "predictions.json", result)
         self.point()
         record.write_record(out, command, config)
 
@@ -99,7 +104,9 @@ def content(command: str, config: StageConfig) -> str:
     for name in config.inputs:
         value = getattr(config, name)
         for item in value if isinstance(value, tuple) else (value,):
-            if item is None or not Path(item).exists():
+            if "{fold}" in str(item):
+                state += [text for k in range(FOLDS) for _, text in tree(of_fold(item, k))]
+            elif item is None or not Path(item).exists():
                 state.append(str(item))
             else:
                 state += [text for _, text in tree(Path(item))]
@@ -124,6 +131,8 @@ def state(root: Path) -> dict[str, str]:
         if path.name == "config.yaml":
             options = yaml.safe_load(text)
             text = repr({k: v for k, v in options.items() if k not in ("force", "resume")})
+        elif path.name in ("run.json", "review.mp4.json"):
+            text = repr({k: v for k, v in json.loads(text).items() if k != "seconds"})
         found[str(path.relative_to(root))] = text
     return found
 
@@ -173,7 +182,9 @@ def test_stages_are_linked_by_their_folders(tmp_path: Path) -> None:
     plan = run_stage.plan(settings(tmp_path, fold=2, init="start.pt"))
     stages: dict[str, Any] = {stage.out.name: stage for _, stage in plan}
     assert list(stages) == ALL
-    assert all(stage.out.is_relative_to(tmp_path) for stage in stages.values())
+    shared = {"mvtec", "dataset"}
+    for name, stage in stages.items():
+        assert stage.out.is_relative_to(tmp_path / ("" if name in shared else "fold2"))
     assert stages["dataset"].source == stages["mvtec"].out
     for name in ("detector", "small", "large", "evaluation"):
         assert (stages[name].data, stages[name].fold) == (stages["dataset"].out, 2)
@@ -412,6 +423,132 @@ def test_a_training_that_was_interrupted_starts_anew_when_its_data_changed(
 def _dies_in_epoch(stages: FakeStages, at: int, out: Path) -> bool:
     killed(stages, at, settings(out))
     return (out / "detector" / "weights" / "last.pt").is_file()
+
+
+# Folds
+
+OF_A_FOLD = ALL[ALL.index("detector") : ALL.index("evaluation")]
+OF_ALL = [*ALL[:2], *OF_A_FOLD * FOLDS, *ALL[-2:]]
+
+
+def folds(out: Path, **changes: Any) -> RunConfig:
+    return settings(out, **({"fold": "all", "convert": {"folds": FOLDS}} | changes))
+
+
+def test_all_folds_have_stages_of_their_own_and_one_evaluation(tmp_path: Path) -> None:
+    plan = run_stage.plan(folds(tmp_path, init="start.pt"))
+    assert [stage.out.name for _, stage in plan] == OF_ALL
+    stages: dict[str, Any] = {str(stage.out.relative_to(tmp_path)): stage for _, stage in plan}
+    assert len(stages) == len(plan)
+    for k in range(FOLDS):
+        of_fold = [stage for name, stage in stages.items() if name.startswith(f"fold{k}/")]
+        assert [stage.fold for stage in of_fold] == [k] * len(OF_A_FOLD)
+        detector, predictions = stages[f"fold{k}/detector"], stages[f"fold{k}/predictions"]
+        assert detector.model == "start.pt"
+        assert predictions.boxes == str(detector.out / "weights" / "best.pt")
+        assert predictions.sam == str(tmp_path / f"fold{k}" / "segmenter" / "sam.safetensors")
+    evaluation, review = stages["evaluation"], stages["review.mp4"]
+    assert (evaluation.fold, review.fold) == ("all", "all")
+    assert evaluation.predictions == tmp_path / "fold{fold}" / "predictions"
+    assert evaluation.truth_boxes == tmp_path / "fold{fold}" / "truth_boxes"
+    assert evaluation.classifiers[1] == tmp_path / "fold{fold}" / "classifiers" / "large"
+    assert review.predictions == tmp_path / "evaluation" / "out_of_fold"
+    assert review.threshold is None  # each image has that of its fold
+
+
+def test_one_fold_of_a_configuration_is_taken_over_by_all(
+    stages: FakeStages, tmp_path: Path
+) -> None:
+    run_stage.run(folds(tmp_path, fold=1))
+    assert stages.calls == ALL
+    stages.calls.clear()
+    run_stage.run(folds(tmp_path))
+    assert stages.calls == [*OF_A_FOLD, *ALL[-2:]]  # the other fold, and the two of all
+    stages.calls.clear()
+    for fold in ("all", 1):
+        run_stage.run(folds(tmp_path, fold=fold))
+        assert stages.calls == []
+    run_stage.run(folds(tmp_path, finetune_yolo={"epochs": 9}))
+    assert stages.calls == [*["detector", "predictions"] * FOLDS, *ALL[-2:]]
+
+
+def test_all_folds_killed_here_and_there_end_with_the_same_result(
+    stages: FakeStages, tmp_path: Path
+) -> None:
+    run_stage.run(folds(tmp_path / "whole"))
+    expected, points = tree(tmp_path / "whole"), stages.points
+    for at in range(3, points, 17):
+        out = tmp_path / str(at)
+        stages.calls, stages.epochs = [], 0
+        assert killed(stages, at, folds(out))
+        run_stage.run(folds(out))
+        assert tree(out) == expected, at
+        assert stages.epochs == 4 * EPOCHS * FOLDS
+
+
+def test_the_time_of_each_fold_is_told(
+    stages: FakeStages,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(run_stage.time, "monotonic", lambda: clock[0])
+    run = stages.run
+
+    def take_time(command: str, config: StageConfig) -> None:
+        clock[0] += 90 if command == "finetune-yolo" else 6
+        run(command, config)
+
+    monkeypatch.setattr(stages, "run", take_time)
+    run_stage.run(folds(tmp_path))
+    seconds = read_json(tmp_path / "fold1" / "detector" / "run.json")["seconds"]
+    assert seconds == 90
+    out = " ".join(capsys.readouterr().out.split())
+    assert "fold 0: 2.0 minutes" in out and "fold 1: 2.0 minutes" in out  # 90 + 5 x 6 seconds
+    assert "fold 1, finetune-sam" in out
+    assert read_json(tmp_path / "review.mp4.json")["seconds"] == 6
+    run_stage.run(folds(tmp_path))  # nothing runs, but the time stays known
+    assert "fold 1: 2.0 minutes" in capsys.readouterr().out
+
+
+def test_the_time_of_a_resumed_training_is_not_known(
+    stages: FakeStages, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    at = next(n for n in range(1, 99) if _dies_in_epoch(stages, n, tmp_path / str(n)))
+    run_stage.run(settings(tmp_path / str(at)))
+    assert stages.resumed == ["detector"]
+    assert read_json(tmp_path / str(at) / "detector" / "run.json")["seconds"] is None
+    assert read_json(tmp_path / str(at) / "segmenter" / "run.json")["seconds"] is not None
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"convert": {}}, "convert.folds: expected 2 or more for fold all, found none"),
+        ({"evaluate": {"split": "val"}}, "evaluate.split: expected 'test' for fold all"),
+        (
+            {"finetune_classifier": {"small": {"out": "o"}}},
+            r"finetune_classifier.small.out: expected a path with {fold} for fold all, found o",
+        ),
+        ({"fold": 1.5}, "fold: expected the number of a fold, or 'all', found 1.5"),
+    ],
+)
+def test_what_does_not_go_with_all_folds(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        folds(tmp_path, **changes)
+
+
+def test_folders_that_are_given_can_have_the_number_of_the_fold(tmp_path: Path) -> None:
+    elsewhere = tmp_path / "{fold}" / "detector"
+    plan = run_stage.plan(folds(tmp_path, finetune_yolo={"out": elsewhere}))
+    stages: Any = [stage for _, stage in plan]
+    detectors = [s for s in stages if s.out.name == "detector"]
+    assert [s.out for s in detectors] == [tmp_path / str(k) / "detector" for k in range(FOLDS)]
+    predictions = [s for s in stages if s.out.name == "predictions"]
+    assert [s.boxes for s in predictions] == [str(s.out / "weights" / "best.pt") for s in detectors]
 
 
 # Bad input

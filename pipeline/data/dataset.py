@@ -9,10 +9,11 @@ Folder, as `pipeline convert` writes it:
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import supervision as sv
@@ -74,8 +75,31 @@ class Dataset:
             category["name"] for category in self._coco("instances")["categories"]
         )
 
-    def split(self, name: str, fold: int | None = None) -> list[Sample]:
-        """The images of a split, in file order. Raises `UserError` when there is no such split."""
+    def folds(self) -> list[list[Sample]]:
+        """The test images of each fold. Raises `UserError` unless every image is in exactly one."""
+        folder = self.root / "annotations"
+        names = (f"instances_{split_name('test', k)}.json" for k in itertools.count())
+        count = sum(1 for _ in itertools.takewhile(lambda name: (folder / name).is_file(), names))
+        if not count:
+            raise UserError(f"{self.root}: expected folds (`pipeline convert --folds`), found none")
+        folds = [self.split("test", k) for k in range(count)]
+        tested = sorted(sample.image_id for samples in folds for sample in samples)
+        images = sorted(image["id"] for image in self._coco("instances")["images"])
+        if tested != images:
+            raise UserError(
+                f"{self.root}: expected each of {len(images)} images to be tested in one fold, "
+                f"found {len(tested)} test images, {len(set(tested))} of them different"
+            )
+        return folds
+
+    def split(self, name: str, fold: int | Literal["all"] | None = None) -> list[Sample]:
+        """The images of a split, in file order. Raises `UserError` when there is no such split.
+
+        Of all folds there is but the test split: every image, fold by fold.
+        """
+        if fold == "all":
+            assert name == "test"
+            return [sample for samples in self.folds() for sample in samples]
         coco = self._coco(f"instances_{split_name(name, fold)}")
         annotations: dict[int, list[dict[str, Any]]] = {image["id"]: [] for image in coco["images"]}
         for annotation in coco["annotations"]:

@@ -101,6 +101,14 @@ class ReviewDrawer:
         self._draw_title(frame, title, verdict, aside)
         return frame
 
+    def panel(
+        self, image: np.ndarray, detections: sv.Detections, labels: Sequence[str]
+    ) -> np.ndarray:
+        """A single panel without bars: the image as large as it fits, with its instances."""
+        resized, scale, _ = self._fit(image)
+        placed = self._place(detections, image.shape[:2], resized.shape[:2], scale)
+        return self._annotate(resized, placed, list(labels))
+
     def _fit(self, image: np.ndarray) -> tuple[np.ndarray, tuple[float, float], tuple[int, int]]:
         """The image as large as a panel holds it, its scale (x, y), and its corner in the panel."""
         height, width = image.shape[:2]

@@ -14,18 +14,22 @@ import numpy as np
 from pycocotools.cocoeval import COCOeval
 
 from pipeline.data import metrics
+from pipeline.data.box_errors import KINDS
 from pipeline.data.dataset import GOOD, Sample
 from pipeline.data.decision import confusion_matrix, decision_scores
 from pipeline.data.matching import VERDICTS
-from pipeline.data.metrics import ImageResult
+from pipeline.data.metrics import Finds, ImageResult
 from pipeline.data.quality import Judged
+
+FALSE_ALARM_RATE = 0.01  # false alarms per good image at which recall is given
 
 
 @dataclass(frozen=True)
 class Review:
     """Masks that are looked at because of their quality, and how many of the bad ones are."""
 
-    below: float  # the quality under which a mask is listed
+    below: float | None  # the quality under which a mask is listed; None: each fold has its own
+    of_image: np.ndarray  # (images,) the same, image by image
     reason: str
     predictions: Judged | None  # None: no quality is known
     truth_boxes: Judged | None
@@ -35,6 +39,10 @@ class Review:
         """What is known, by its key in metrics.json."""
         parts = {"predictions": self.predictions, "truth_boxes": self.truth_boxes}
         return {name: judged for name, judged in parts.items() if judged is not None}
+
+    def listed(self, judged: Judged) -> np.ndarray:
+        """(n,) which of the masks are listed."""
+        return np.asarray(judged.quality < self.of_image[judged.image])
 
 
 @dataclass(frozen=True)
@@ -46,6 +54,7 @@ class Measured:
     images: Sequence[ImageResult]
     boxes: COCOeval
     masks: COCOeval | None  # None: predictions without masks
+    finds: Finds
     true_boxes: Sequence[np.ndarray] | None  # (2, n) IoU and Dice of the masks from n true boxes
     decisions: dict[str, np.ndarray]  # (images,) by model; good is 0, the classes follow
     review: Review | None  # None: masks without quality
@@ -77,6 +86,11 @@ def figures(measured: Measured) -> dict[str, Any]:
         "truth_boxes": None if measured.true_boxes is None else _truth_boxes(measured),
         "review": None if measured.review is None else _review(measured.review),
         "good_images": _good_images(measured),
+        "recall_at_false_alarms": _recall_at_false_alarms(measured),
+        "errors": {
+            kind.replace(" ", "_"): sum(image.errors.count(kind) for image in measured.images)
+            for kind in KINDS
+        },
         "missed": _missed(measured),
         "verdicts": {name: verdicts.count(name) for name in VERDICTS},
         "image_decision": {
@@ -86,12 +100,16 @@ def figures(measured: Measured) -> dict[str, Any]:
     }
 
 
+def mean_ap(evaluation: COCOeval) -> dict[str, float | None]:
+    """The means over classes with truth; null without any."""
+    map50, map50_95 = metrics.mean_average_precisions(metrics.average_precisions(evaluation))
+    return {"map50": _number(map50), "map50_95": _number(map50_95)}
+
+
 def _ap(evaluation: COCOeval, classes: Sequence[str]) -> dict[str, Any]:
     ap = metrics.average_precisions(evaluation)
-    map50, map50_95 = metrics.mean_average_precisions(ap)
     return {
-        "map50": _number(map50),
-        "map50_95": _number(map50_95),
+        **mean_ap(evaluation),
         "ap50_per_class": _named(classes, ap[0]),
         "ap_per_class": _named(classes, ap.mean(axis=0)),
     }
@@ -127,7 +145,7 @@ def _truth_boxes(measured: Measured) -> dict[str, Any]:
 def _review(review: Review) -> dict[str, Any]:
     parts: dict[str, Any] = {"predictions": None, "truth_boxes": None}
     for name, judged in review.judged.items():
-        listed, bad, on_nothing = judged.quality < review.below, judged.bad, judged.on_nothing
+        listed, bad, on_nothing = review.listed(judged), judged.bad, judged.on_nothing
         parts[name] = {
             "masks": len(listed),
             "listed": int(listed.sum()),
@@ -154,6 +172,19 @@ def _good_images(measured: Measured) -> dict[str, Any]:
         "false_alarms": sum(boxes),
         "with_false_alarms": sum(count > 0 for count in boxes),
         "false_alarms_per_image": _number(sum(boxes) / len(boxes)) if boxes else None,
+    }
+
+
+def _recall_at_false_alarms(measured: Measured) -> dict[str, Any] | None:
+    good = measured.labels == 0
+    if not good.any():
+        return None
+    every = np.ones((1, len(good)), int)
+    recall, above = metrics.recall_at_false_alarms(measured.finds, good, FALSE_ALARM_RATE, every)
+    return {
+        "recall": _number(recall[0]),
+        "above_score": None if np.isinf(above[0]) else _number(above[0]),
+        "false_alarms": int(np.count_nonzero(measured.finds.alarm_scores > above[0])),
     }
 
 
@@ -190,8 +221,12 @@ def intervals(measured: Measured, resamples: int, seed: int) -> dict[str, list[f
         return {}
     counts = metrics.draw_resamples(len(measured.samples), resamples, seed)
     drawn = {
-        **_resampled_ap("box", measured.boxes, counts),
-        **({} if measured.masks is None else _resampled_ap("mask", measured.masks, counts)),
+        **_resampled_ap("box", measured.boxes, counts, measured.classes),
+        **(
+            {}
+            if measured.masks is None
+            else _resampled_ap("mask", measured.masks, counts, measured.classes)
+        ),
         **_resampled_means(measured, counts),
         **_resampled_decisions(measured, counts),
         **({} if measured.review is None else _resampled_review(measured.review, counts)),
@@ -204,10 +239,16 @@ def intervals(measured: Measured, resamples: int, seed: int) -> dict[str, list[f
     }
 
 
-def _resampled_ap(group: str, evaluation: COCOeval, counts: np.ndarray) -> dict[str, np.ndarray]:
+def _resampled_ap(
+    group: str, evaluation: COCOeval, counts: np.ndarray, classes: Sequence[str]
+) -> dict[str, np.ndarray]:
     ap = metrics.resampled_average_precisions(evaluation, counts)
     map50, map50_95 = metrics.mean_average_precisions(ap)
-    return {f"{group}.map50": map50, f"{group}.map50_95": map50_95}
+    found = {f"{group}.map50": map50, f"{group}.map50_95": map50_95}
+    for k, name in enumerate(classes):
+        found[f"{group}.ap50_per_class.{name}"] = ap[:, 0, k]
+        found[f"{group}.ap_per_class.{name}"] = ap[:, :, k].mean(axis=1)
+    return found
 
 
 def _resampled_means(measured: Measured, counts: np.ndarray) -> dict[str, np.ndarray]:
@@ -215,7 +256,11 @@ def _resampled_means(measured: Measured, counts: np.ndarray) -> dict[str, np.nda
     truths = [len(image.matched) for image in images]
     good = measured.labels == 0
     alarms = [image.boxes for image in images] * good
-    found = {"good_images.false_alarms_per_image": metrics.ratio(counts, alarms, good)}
+    recall, _ = metrics.recall_at_false_alarms(measured.finds, good, FALSE_ALARM_RATE, counts)
+    found = {
+        "good_images.false_alarms_per_image": metrics.ratio(counts, alarms, good),
+        "recall_at_false_alarms.recall": recall,
+    }
     if measured.masks is not None:
         ious = [image.iou.sum() for image in images]
         matched = [image.matched.sum() for image in images]
@@ -231,7 +276,7 @@ def _resampled_review(review: Review, counts: np.ndarray) -> dict[str, np.ndarra
     found = {}
     for name, judged in review.judged.items():
         of_mask = counts[:, judged.image]  # a mask is drawn as often as its image
-        listed, bad = judged.quality < review.below, judged.bad
+        listed, bad = review.listed(judged), judged.bad
         every, errors = np.ones(len(bad)), np.abs(judged.quality - judged.iou)
         key = f"review.{name}"
         found[f"{key}.share_listed"] = metrics.ratio(of_mask, listed, every)

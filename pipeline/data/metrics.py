@@ -24,6 +24,7 @@ from numpy.typing import ArrayLike
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from pipeline.data.box_errors import BoxErrors, box_errors
 from pipeline.data.dataset import Sample
 from pipeline.data.masks import dice, iou
 from pipeline.data.matching import Verdict, match, verdict
@@ -121,6 +122,7 @@ class ImageResult:
     iou: np.ndarray  # (n,) of the masks of the matched pairs; 0 for an unmatched instance
     dice: np.ndarray  # (n,) likewise
     pixels: np.ndarray  # (classes, 2): intersection and union of the masks of each class
+    errors: BoxErrors
 
 
 def measure_image(truth: sv.Detections, predicted: sv.Detections, classes: int) -> ImageResult:
@@ -141,6 +143,7 @@ def measure_image(truth: sv.Detections, predicted: sv.Detections, classes: int) 
         overlap,
         coefficient,
         pixels,
+        box_errors(truth, predicted),
     )
 
 
@@ -166,6 +169,60 @@ def _union(detections: sv.Detections, class_id: int) -> np.ndarray | None:
         return None
     of_class = detections.class_id == class_id
     return np.asarray(detections.mask)[of_class].any(axis=0) if of_class.any() else None
+
+
+# Recall at a rate of false alarms
+
+
+@dataclass(frozen=True)
+class Finds:
+    """Scores of what was found, whatever the threshold, on the images of a split."""
+
+    instance_images: np.ndarray  # (true instances,) place of the instance's image
+    instance_scores: np.ndarray  # (true instances,) score of the box that found it, or -inf
+    alarm_images: np.ndarray  # (boxes on good images,) place of the image
+    alarm_scores: np.ndarray  # (boxes on good images,)
+
+
+def find(truths: Sequence[sv.Detections], predictions: Sequence[sv.Detections]) -> Finds:
+    """The scores of every image's finds and false alarms; predictions are not cut at a score."""
+    instances: list[tuple[int, float]] = []
+    alarms: list[tuple[int, float]] = []
+    for i, (truth, predicted) in enumerate(zip(truths, predictions, strict=True)):
+        if not len(predicted):
+            instances += [(i, -np.inf)] * len(truth)
+            continue
+        assert predicted.confidence is not None
+        if not len(truth):
+            alarms += [(i, score) for score in predicted.confidence]
+        found = {t: predicted.confidence[p] for t, p in match(truth, predicted)}
+        instances += [(i, found.get(t, -np.inf)) for t in range(len(truth))]
+    of_instances, instance_scores = np.array(instances, float).reshape(-1, 2).T
+    of_alarms, alarm_scores = np.array(alarms, float).reshape(-1, 2).T
+    return Finds(of_instances.astype(int), instance_scores, of_alarms.astype(int), alarm_scores)
+
+
+def recall_at_false_alarms(
+    finds: Finds, good: np.ndarray, rate: float, counts: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Recall of instances with at most `rate` false alarms per good image, and its score.
+
+    `good` (images,) says which images are good, `counts` (resamples, images) how often each one is
+    drawn; both results are (resamples,). Only boxes above the score count; it is that of the first
+    false alarm too many, or -inf where there is none. Recall is NaN without true instances, and
+    both are NaN without good images.
+    """
+    allowed = np.floor(counts @ good * rate + 1e-9)
+    order = np.argsort(-finds.alarm_scores, kind="stable")
+    scores = np.append(finds.alarm_scores[order], -np.inf)
+    alarms = np.cumsum(counts[:, finds.alarm_images[order]], axis=1)
+    first_too_many = np.count_nonzero(alarms <= allowed[:, None], axis=1)
+    above = np.where(counts @ good > 0, scores[first_too_many], np.nan)
+    drawn = counts[:, finds.instance_images]
+    hits = (drawn * (finds.instance_scores > above[:, None])).sum(axis=1)
+    truths = drawn.sum(axis=1)
+    recall = np.divide(hits, truths, out=np.full(len(counts), np.nan), where=truths > 0)
+    return np.where(np.isnan(above), np.nan, recall), above
 
 
 # Threshold and bootstrap

@@ -28,11 +28,14 @@ MARKERS = "osD^vP*X"
 
 
 def plot_pr_curves(
-    path: Path, evaluations: Mapping[str, COCOeval], classes: Sequence[str], threshold: float
+    path: Path,
+    evaluations: Mapping[str, COCOeval],
+    classes: Sequence[str],
+    threshold: float | None,
 ) -> None:
     """Precision over recall at IoU 0.5, one panel per evaluation, one line per class with truth.
 
-    A dot marks the recall and precision at the score threshold.
+    A dot marks the recall and precision at the score threshold, if there is one for all images.
     """
     figure, axes = plt.subplots(
         1, len(evaluations), figsize=(5.2 * len(evaluations), 4.6), squeeze=False, sharey=True
@@ -46,7 +49,7 @@ def plot_pr_curves(
 
 
 def _draw_pr_curves(
-    axis: Axes, evaluation: COCOeval, classes: Sequence[str], threshold: float
+    axis: Axes, evaluation: COCOeval, classes: Sequence[str], threshold: float | None
 ) -> None:
     ap50 = average_precisions(evaluation)[0]
     recall = evaluation.params.recThrs
@@ -64,6 +67,8 @@ def _draw_pr_curves(
             label=f"{name}  AP50 {ap50[k]:.2f}",
             solid_capstyle="butt",
         )
+        if threshold is None:
+            continue
         kept = np.flatnonzero((scores >= threshold) & (precision > 0))
         if kept.size:
             axis.plot(
@@ -76,7 +81,8 @@ def _draw_pr_curves(
                 clip_on=False,
             )
     if axis.lines:
-        axis.plot([], [], "o", color="grey", label=f"at score {threshold:.2f}")
+        if threshold is not None:
+            axis.plot([], [], "o", color="grey", label=f"at score {threshold:.2f}")
         for handle in axis.legend(loc="lower left", fontsize=9).get_lines():
             handle.set_linewidth(3)
     else:
@@ -84,12 +90,13 @@ def _draw_pr_curves(
 
 
 def plot_quality(
-    path: Path, judged: Mapping[str, Judged], classes: Sequence[str], below: float
+    path: Path, judged: Mapping[str, Judged], classes: Sequence[str], below: float | None
 ) -> None:
     """Predicted quality over true IoU: a panel per source of boxes, a point per mask.
 
     Left of the line are the masks that are listed for review; in the shaded part, the bad ones
-    among them. On the diagonal, quality and IoU are equal.
+    among them; neither is drawn where folds have lines of their own. On the diagonal, quality and
+    IoU are equal.
     """
     titles = {"predictions": "masks in found boxes", "truth_boxes": "masks in true boxes"}
     figure, axes = plt.subplots(
@@ -104,12 +111,13 @@ def plot_quality(
     _save(figure, path)
 
 
-def _draw_quality(axis: Axes, judged: Judged, classes: Sequence[str], below: float) -> None:
+def _draw_quality(axis: Axes, judged: Judged, classes: Sequence[str], below: float | None) -> None:
     axis.plot([0, 1], [0, 1], color="grey", lw=1, zorder=1)
-    axis.axvline(below, color="black", ls="--", lw=1.2, label=f"review below {below:.2f}")
-    axis.fill_between(
-        [-0.02, below], -0.02, BAD_IOU, color="grey", alpha=0.15, lw=0, label="bad, and listed"
-    )
+    if below is not None:
+        axis.axvline(below, color="black", ls="--", lw=1.2, label=f"review below {below:.2f}")
+        axis.fill_between(
+            [-0.02, below], -0.02, BAD_IOU, color="grey", alpha=0.15, lw=0, label="bad, and listed"
+        )
     for k, name in enumerate(classes):
         own = judged.class_id == k
         if own.any():

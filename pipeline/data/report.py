@@ -23,9 +23,12 @@ class Table:
 
 
 def tables(metrics: Metrics) -> list[Table]:
-    found = [_headline(metrics), _per_class(metrics), _decisions(metrics), _recalls(metrics)]
+    found = [_headline(metrics), _per_class(metrics), _errors(metrics)]
+    found += [_decisions(metrics), _recalls(metrics)]
     if metrics["review"] is not None:
         found.insert(1, _review(metrics))
+    if metrics["folds"] is not None:
+        found.append(_folds(metrics["folds"]))
     if metrics["published"] is not None:
         found.append(_published(metrics["published"]))
     return found
@@ -33,7 +36,8 @@ def tables(metrics: Metrics) -> list[Table]:
 
 def markdown(metrics: Metrics) -> str:
     """The whole report: tables, plots, and what went wrong, image by image in short."""
-    parts = [f"# Evaluation of the {metrics['split']} split", *notes(metrics)]
+    what = f"the {metrics['split']} split" if metrics["folds"] is None else "all folds"
+    parts = [f"# Evaluation of {what}", *notes(metrics)]
     for table in tables(metrics):
         lines = [table.header, ["---"] + ["---:"] * (len(table.header) - 1), *table.rows]
         parts.append(f"## {table.title}")
@@ -41,6 +45,7 @@ def markdown(metrics: Metrics) -> str:
     parts += ["## Plots", "![Precision and recall](pr_curves.png)", "![Confusion](confusion.png)"]
     if metrics["review"] is not None:
         parts.append("![Predicted quality and true IoU](quality.png)")
+    parts.append("Each error as a picture: [errors/index.html](errors/index.html)")
     if metrics["missed"]:
         parts.append("## Missed defects")
         parts.append(
@@ -82,12 +87,17 @@ def notes(metrics: Metrics) -> list[str]:
     lines = [
         f"{metrics['images']} images, {good['count']} of them good, with {metrics['instances']} "
         f"defects. Images by verdict: {counts} (false alarm: a box too many, on any image).",
-        f"A box counts from a score of {metrics['threshold']['value']:.3f}: "
+        f"A box counts from {_line('score', metrics['threshold']['value'])}: "
         f"{metrics['threshold']['reason']}.",
     ]
+    if metrics["folds"] is not None:
+        lines.append(
+            "Every image is measured with the models of the one fold that did not train on it. "
+            "Average precision and its like compare scores of different models."
+        )
     if metrics["review"] is not None:
         lines.append(
-            f"A mask is listed for review under a quality of {metrics['review']['below']:.3f}: "
+            f"A mask is listed for review under {_line('quality', metrics['review']['below'])}: "
             f"{metrics['review']['reason']}. A bad mask has an IoU under 0.5 with the truth."
         )
     if metrics["intervals"]:
@@ -120,6 +130,9 @@ def _headline(metrics: Metrics) -> Table:
         ]
     per_image = "good_images.false_alarms_per_image"
     rows.append(("False alarms per good image", good["false_alarms_per_image"], per_image))
+    if (at_rate := metrics["recall_at_false_alarms"]) is not None:
+        name = "Recall at 1 false alarm per 100 good images"
+        rows.append((name, at_rate["recall"], "recall_at_false_alarms.recall"))
     cells = [[name, _number(value), _interval(metrics, key)] for name, value, key in rows]
     cells.append(["Missed defects", f"{len(metrics['missed'])} of {metrics['instances']}", ""])
     return Table("Boxes and masks", ["measure", "value", "95 % interval"], cells)
@@ -172,7 +185,40 @@ def _per_class(metrics: Metrics) -> Table:
     ]
     for measure, group, key in measures:
         rows.append([measure, *(_number(metrics[group][key][name]) for name in counts)])
+        ranges = [_interval(metrics, f"{group}.{key}.{name}") for name in counts]
+        if any(ranges):
+            rows.append(["95 % interval", *ranges])
     return Table("By class", ["measure", *counts], rows)
+
+
+def _errors(metrics: Metrics) -> Table:
+    """Wrong boxes and missed defects at the threshold, by their kind."""
+    meanings = {
+        "wrong_class": "boxes around a defect of another class",
+        "bad_box": "boxes of the right class, IoU 0.1 to 0.5",
+        "both": "bad boxes of the wrong class",
+        "duplicate": "boxes around a defect that is found already",
+        "background": "boxes on no defect",
+        "missed": "defects without any such box",
+    }
+    rows = [[text, str(metrics["errors"][kind])] for kind, text in meanings.items()]
+    return Table("Errors at the score threshold", ["error", "count"], rows)
+
+
+def _folds(folds: Sequence[Mapping[str, Any]]) -> Table:
+    rows = [
+        [
+            str(fold["fold"]),
+            str(fold["images"]),
+            str(fold["instances"]),
+            f"{fold['threshold']['value']:.3f}",
+            _number(fold["box"]["map50"]),
+            _number(fold["box"]["map50_95"]),
+        ]
+        for fold in folds
+    ]
+    header = ["fold", "images", "defects", "score threshold", "box mAP50", "box mAP50-95"]
+    return Table("Fold by fold", header, rows)
 
 
 def _decisions(metrics: Metrics) -> Table:
@@ -210,6 +256,10 @@ def _label(name: str, scores: Mapping[str, Any]) -> str:
 
 def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:.3f}"
+
+
+def _line(what: str, value: float | None) -> str:
+    return f"the {what} of its fold" if value is None else f"a {what} of {value:.3f}"
 
 
 def _interval(metrics: Metrics, key: str) -> str:

@@ -1,7 +1,14 @@
-"""`pipeline evaluate`: boxes, masks and the image decision, measured on one split.
+"""`pipeline evaluate`: boxes, masks and the image decision, measured on one split or on all folds.
 
-Output folder: metrics.json, report.md, images.csv (each image's verdict), pr_curves.png,
-confusion.png, quality.png (where there is a `review`), config.yaml, run.json.
+Output folder: metrics.json, report.md, images.csv (each image's verdict), errors/index.html (each
+miss and false alarm as a picture), pr_curves.png, confusion.png, quality.png (where there is a
+`review`), config.yaml, run.json; of all folds also out_of_fold/, the predictions of every image by
+the fold that tested it, in the files of `pipeline segment`. There, images.json has the fold and the
+score threshold of each image.
+
+Of all folds, each image is measured at the threshold of its own fold, chosen on that fold's val
+split. Average precision, recall at false alarms and the intervals are of all images and scores
+together, though the scores are those of several models.
 
 metrics.json. Null stands for a figure that the data do not define (the AP of a class without truth,
 false alarms without good images); `mask` is null for predictions without masks; `truth_boxes` and
@@ -9,20 +16,31 @@ false alarms without good images); `mask` is null for predictions without masks;
 is a defect class; `<m>` is `detector`, the name of a classifier, or `majority` (always the split's
 most frequent class, which is named in `.class`).
 
-    split, fold, images, classes       name, fold or null, count of images, defect classes
+    split, fold, images, classes       name, fold, `all` or null, count of images, defect classes
     instances, instances_per_class.<c> count of true instances
-    threshold.value, .reason, .f1      score from which a box counts; its F1 on val if chosen there
+    threshold.value, .reason, .f1      score from which a box counts; its F1 on val if chosen there;
+        the value is null where each fold has its own
+    folds[].fold, .images, .instances, .threshold, .review, .box.map50, .box.map50_95
+        each fold by itself; null unless the fold is `all`
     box.map50, .map50_95, .ap50_per_class.<c>, .ap_per_class.<c>
     mask.<the same>, .mean_iou_matched, .dice_matched, .mean_iou_all, .dice_all (an unmatched
         instance counts 0), .iou_per_class.<c> (all instances), .pixel_iou_per_class.<c> (pooled)
     truth_boxes.mean_iou, .dice, .iou_per_class.<c>    masks that were prompted with the true boxes
-    review.below, .reason              quality under which a mask is listed for review, and why
+    review.below, .reason              quality under which a mask is listed for review, and why;
+        null where each fold has its own, see folds[].review
     review.<s>.masks, .listed, .bad (IoU with the truth under 0.5), .caught (bad and listed),
         .on_nothing (bad, for they touch no true instance of their class), .on_nothing_caught,
         .share_listed, .share_caught, .mean_absolute_error and .spearman of quality and IoU;
         <s>: `predictions` (masks from the score threshold on) or `truth_boxes`; the IoU is that
         with the best true instance of the mask's class
     good_images.count, .false_alarms, .with_false_alarms, .false_alarms_per_image
+    recall_at_false_alarms             null without good images; else
+        .recall of instances if only boxes above a score count, which is chosen on these images so
+        that there is at most one false alarm per 100 good images
+        .above_score (null: all boxes count), .false_alarms on good images above it
+    errors.<kind>                      count of boxes; of true instances for `missed`; the kinds
+        are wrong_class, bad_box, both, duplicate, background and missed, as in TIDE, see
+        pipeline/data/box_errors.py
     missed[].image_id, .image, .class, .bbox           true instances without a matching box
     verdicts.<verdict>                 count of images, see pipeline/data/matching.py
     image_decision.<m>.accuracy, .balanced_accuracy, .macro_f1, .recall_per_class.<good or c>,
@@ -35,6 +53,7 @@ from __future__ import annotations
 
 import csv
 import io
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,8 +63,8 @@ import numpy as np
 import supervision as sv
 
 from pipeline import record
-from pipeline.config import EvaluateConfig
-from pipeline.data import evaluation, metrics, plots, quality, report
+from pipeline.config import EvaluateConfig, of_fold
+from pipeline.data import error_page, evaluation, metrics, plots, quality, report
 from pipeline.data.dataset import GOOD, Dataset, Sample
 from pipeline.data.evaluation import Measured, Review
 from pipeline.data.files import read_json, write_json, write_text
@@ -57,6 +76,7 @@ from pipeline.data.predictions import (
     from_coco_results,
     read_images,
     read_results,
+    write_predictions,
 )
 from pipeline.errors import UserError
 
@@ -95,42 +115,49 @@ class Predictions:
             kept = [{k: v for k, v in e.items() if k != "segmentation"} for e in kept]
         return from_coco_results(kept)
 
-    def judge(self, samples: Sequence[Sample], threshold: float = 0.0) -> quality.Judged | None:
-        """The masks from a score on, held against the truth; None where they have no quality."""
+    def judge(
+        self, samples: Sequence[Sample], thresholds: Sequence[float]
+    ) -> quality.Judged | None:
+        """The masks from each image's score on, held against the truth; None without quality."""
         entries = [entry for s in samples for entry in self.results.get(s.image_id, ())]
-        if not entries or "segmentation" not in entries[0] or entries[0].get("quality") is None:
-            return None  # all entries are alike in that, see `_check_entries`
-        return quality.judge((s.truth, self.of(s, threshold)) for s in samples)
+        if not entries or any("segmentation" not in e or e.get("quality") is None for e in entries):
+            return None
+        cut = zip(samples, thresholds, strict=True)
+        return quality.judge((sample.truth, self.of(sample, score)) for sample, score in cut)
+
+
+@dataclass(frozen=True)
+class Part:
+    """The images that one model is measured on, what it says of them, and its threshold."""
+
+    fold: int | None
+    samples: Sequence[Sample]
+    predictions: Predictions
+    oracle: Predictions | None  # masks from true boxes
+    true_boxes: Sequence[np.ndarray]  # (2, n) IoU and Dice of these masks, image by image
+    classifiers: dict[str, np.ndarray]  # (images,) decisions by name
+    threshold: dict[str, Any]
+    review: dict[str, Any]  # the quality under which a mask is listed, and why
 
 
 def run(config: EvaluateConfig) -> None:
     """Measure predictions on a split. Raises `UserError` for input that does not fit together."""
     dataset = Dataset(config.data)
-    samples = dataset.split(config.split, config.fold)
-    if not samples:
-        raise UserError(f"{config.data}: expected images in the {config.split} split, found none")
-    val = _val_samples(dataset, config.fold)
-    predictions = _read_predictions(config.predictions, dataset.classes, samples, val)
-    oracle = true_boxes = None
-    if config.truth_boxes is not None:
-        oracle = _read_predictions(config.truth_boxes, dataset.classes, samples)
-        true_boxes = [_measure_truth_boxes(oracle, sample) for sample in samples]
-    classifiers = _read_classifiers(config.classifiers, dataset.classes, samples)
+    if config.fold == "all":
+        parts = [_read(config, dataset, k, part) for k, part in enumerate(dataset.folds())]
+    else:
+        samples = dataset.split(config.split, config.fold)
+        parts = [_read(config, dataset, config.fold, samples)]
     record.claim(config.out, config.force)
     record.write_config(config.out, "evaluate", config)
 
-    if not predictions.images.issuperset(sample.image_id for sample in val):
-        val = []
-    threshold = _choose_threshold(config, val, predictions)
-    review = _review(config, samples, val, predictions, oracle, threshold["value"])
-    measured = _measure(
-        dataset.classes, samples, predictions, true_boxes, classifiers, threshold["value"], review
-    )
+    measured = _measure(dataset.classes, parts)
     shows_published = config.published and set(dataset.classes) == PUBLISHED_CLASSES
     values: dict[str, Any] = {
         "split": config.split,
         "fold": config.fold,
-        "threshold": threshold,
+        "threshold": _threshold(config, parts),
+        "folds": _folds(dataset.classes, parts) if config.fold == "all" else None,
         **evaluation.figures(measured),
         "resamples": config.resamples,
         "intervals": evaluation.intervals(measured, config.resamples, config.seed),
@@ -143,12 +170,44 @@ def run(config: EvaluateConfig) -> None:
     write_text(config.out / "report.md", report.markdown(values))
     write_text(config.out / "images.csv", _images_csv(measured))
     _plot(config.out, measured, values)
+    _write_errors(config.out / "errors", dataset.classes, parts, measured)
+    shutil.rmtree(config.out / "out_of_fold", ignore_errors=True)  # of an earlier run
+    if config.fold == "all":
+        _write_out_of_fold(config.out / "out_of_fold", dataset.classes, parts)
     record.write_record(config.out, "evaluate", config)
     report.show(values)
     print(f"report: {config.out / 'report.md'}")
 
 
 # Input
+
+
+def _read(
+    config: EvaluateConfig, dataset: Dataset, fold: int | None, samples: list[Sample]
+) -> Part:
+    """Read what was predicted for these images, check it, and choose the thresholds."""
+    if not samples:
+        where = "" if fold is None else f" of fold {fold}"
+        raise UserError(
+            f"{config.data}: expected images in the {config.split} split{where}, found none"
+        )
+
+    def folder(path: Path) -> Path:
+        return of_fold(path, fold) if config.fold == "all" and fold is not None else path
+
+    classes = dataset.classes
+    val = _val_samples(dataset, fold)
+    predictions = _read_predictions(folder(config.predictions), classes, samples, val)
+    oracle, true_boxes = None, []
+    if config.truth_boxes is not None:
+        oracle = _read_predictions(folder(config.truth_boxes), classes, samples)
+        true_boxes = [_measure_truth_boxes(oracle, sample) for sample in samples]
+    classifiers = _read_classifiers([folder(c) for c in config.classifiers], classes, samples)
+    if not predictions.images.issuperset(sample.image_id for sample in val):
+        val = []
+    threshold = _choose_threshold(config, val, predictions)
+    review = _choose_review(config, val, predictions, threshold["value"])
+    return Part(fold, samples, predictions, oracle, true_boxes, classifiers, threshold, review)
 
 
 def _val_samples(dataset: Dataset, fold: int | None) -> list[Sample]:
@@ -288,57 +347,113 @@ def _default_threshold(why: str) -> dict[str, Any]:
     return {"value": DEFAULT_THRESHOLD, "reason": f"the default, for {why}", "f1": None}
 
 
-def _review(
-    config: EvaluateConfig,
-    samples: Sequence[Sample],
-    val: Sequence[Sample],
-    predictions: Predictions,
-    oracle: Predictions | None,
-    threshold: float,
-) -> Review | None:
-    """The masks against their quality, and the quality under which one is for review."""
-    found = predictions.judge(samples, threshold)
-    from_truth = None if oracle is None else oracle.judge(samples)
-    if found is None and from_truth is None:
-        return None
+def _choose_review(
+    config: EvaluateConfig, val: Sequence[Sample], predictions: Predictions, threshold: float
+) -> dict[str, Any]:
+    """The quality under which a mask is for review, and why."""
     if config.review_below is not None:
-        return Review(config.review_below, "as given", found, from_truth)
-    on_val = predictions.judge(val, threshold)
+        return {"below": config.review_below, "reason": "as given"}
+    on_val = predictions.judge(val, [threshold] * len(val))
     below = None if on_val is None else quality.review_threshold(on_val)
     if below is None:
         why = "no mask of a val split is badly drawn"
-        return Review(DEFAULT_REVIEW_BELOW, f"the default, for {why}", found, from_truth)
-    reason = "what lists every badly drawn mask of the val split"
-    return Review(below, reason, found, from_truth)
+        return {"below": DEFAULT_REVIEW_BELOW, "reason": f"the default, for {why}"}
+    return {"below": below, "reason": "what lists every badly drawn mask of the val split"}
 
 
 # Measuring
 
 
-def _measure(
-    classes: Sequence[str],
-    samples: Sequence[Sample],
-    predictions: Predictions,
-    true_boxes: Sequence[np.ndarray] | None,
-    classifiers: dict[str, np.ndarray],
-    threshold: float,
-    review: Review | None,
-) -> Measured:
+def _measure(classes: Sequence[str], parts: Sequence[Part]) -> Measured:
+    """All images of all parts together, each one at the threshold of its part."""
+    samples = [sample for part in parts for sample in part.samples]
+    thresholds = [part.threshold["value"] for part in parts for _ in part.samples]
+    predictions = _pooled([(part.samples, part.predictions) for part in parts])
     images = [
-        metrics.measure_image(s.truth, predictions.of(s, threshold), len(classes)) for s in samples
+        metrics.measure_image(s.truth, predictions.of(s, threshold), len(classes))
+        for s, threshold in zip(samples, thresholds, strict=True)
     ]
     entries = [e for s in samples for e in predictions.results.get(s.image_id, ())]
     boxes = metrics.coco_evaluation(samples, predictions.results, len(classes), "bbox")
     masks = None
     if all("segmentation" in entry for entry in entries):
         masks = metrics.coco_evaluation(samples, predictions.results, len(classes), "segm")
+    finds = metrics.find(
+        [s.truth for s in samples], [predictions.of(s, masks=False) for s in samples]
+    )
     labels = np.array([sample.label + 1 for sample in samples])
     decisions = {
         "detector": np.array([image.decision + 1 for image in images]),
-        **classifiers,
+        **_joined([part.classifiers for part in parts]),
         "majority": np.full(len(samples), np.argmax(np.bincount(labels))),
     }
-    return Measured(classes, samples, images, boxes, masks, true_boxes, decisions, review)
+    true_boxes = None
+    if all(part.oracle is not None for part in parts):
+        true_boxes = [overlaps for part in parts for overlaps in part.true_boxes]
+    review = _review(parts, samples, thresholds, predictions)
+    return Measured(classes, samples, images, boxes, masks, finds, true_boxes, decisions, review)
+
+
+def _pooled(parts: Sequence[tuple[Sequence[Sample], Predictions]]) -> Predictions:
+    """The predictions of each part's own images."""
+    results = {
+        sample.image_id: predictions.results.get(sample.image_id, [])
+        for samples, predictions in parts
+        for sample in samples
+    }
+    return Predictions(frozenset(results), results)
+
+
+def _joined(parts: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """The classifiers' decisions of all parts, by the names they have in the first."""
+    rows = zip(*(part.values() for part in parts), strict=True)
+    return dict(zip(parts[0], map(np.concatenate, rows), strict=True))
+
+
+def _review(
+    parts: Sequence[Part],
+    samples: Sequence[Sample],
+    thresholds: Sequence[float],
+    predictions: Predictions,
+) -> Review | None:
+    """The masks against their quality, and the quality under which one is for review."""
+    found = predictions.judge(samples, thresholds)
+    oracles = [(part.samples, part.oracle) for part in parts if part.oracle is not None]
+    from_truth = _pooled(oracles).judge(samples, [0.0] * len(samples)) if oracles else None
+    if found is None and from_truth is None:
+        return None
+    of_image = np.array([part.review["below"] for part in parts for _ in part.samples])
+    below, reason = parts[0].review.values()
+    if any(part.review != parts[0].review for part in parts):
+        below, reason = None, "what lists every badly drawn mask of each fold's val split"
+    return Review(below, of_image, reason, found, from_truth)
+
+
+def _threshold(config: EvaluateConfig, parts: Sequence[Part]) -> dict[str, Any]:
+    """The score threshold as metrics.json has it; of all folds, its value is in `folds`."""
+    if len(parts) == 1 or config.threshold is not None:
+        return parts[0].threshold
+    reason = "the best F1 of instances at IoU 0.5 on each fold's val split"
+    return {"value": None, "reason": reason, "f1": None}
+
+
+def _folds(classes: Sequence[str], parts: Sequence[Part]) -> list[dict[str, Any]]:
+    """The figures of each fold by itself."""
+    folds = []
+    for part in parts:
+        results = part.predictions.results
+        boxes = metrics.coco_evaluation(part.samples, results, len(classes), "bbox")
+        folds.append(
+            {
+                "fold": part.fold,
+                "images": len(part.samples),
+                "instances": sum(len(sample.annotations) for sample in part.samples),
+                "threshold": part.threshold,
+                "review": part.review,
+                "box": evaluation.mean_ap(boxes),
+            }
+        )
+    return folds
 
 
 def _measure_truth_boxes(oracle: Predictions, sample: Sample) -> np.ndarray:
@@ -379,6 +494,44 @@ def _plot(out: Path, measured: Measured, values: dict[str, Any]) -> None:
         plots.plot_quality(
             out / "quality.png", measured.review.judged, measured.classes, measured.review.below
         )
+
+
+def _write_errors(
+    folder: Path, classes: Sequence[str], parts: Sequence[Part], measured: Measured
+) -> None:
+    shots = [
+        error_page.Shot(
+            sample,
+            part.predictions.of(sample, masks=False),
+            part.predictions.of(sample, part.threshold["value"], masks=False),
+            errors,
+        )
+        for (part, sample), errors in zip(
+            [(part, sample) for part in parts for sample in part.samples],
+            [image.errors for image in measured.images],
+            strict=True,
+        )
+    ]
+    error_page.write(folder, classes, shots)
+
+
+def _write_out_of_fold(folder: Path, classes: Sequence[str], parts: Sequence[Part]) -> None:
+    results: list[dict[str, Any]] = []
+    images = []
+    for part in parts:
+        for sample in part.samples:
+            results += part.predictions.results.get(sample.image_id, [])
+            images.append(
+                {
+                    "id": sample.image_id,
+                    "file_name": sample.path.name,
+                    "width": sample.width,
+                    "height": sample.height,
+                    "fold": part.fold,
+                    "threshold": part.threshold["value"],
+                }
+            )
+    write_predictions(folder, results, images, classes)
 
 
 def _images_csv(measured: Measured) -> str:

@@ -25,6 +25,7 @@ from pipeline.data.video import VideoWriter, count_frames, frames, probe
 from pipeline.errors import UserError
 
 SEVERITY = {"miss": 0, "wrong class": 0, "false alarm": 1, "hit": 2, "correct": 3}
+DEFAULT_THRESHOLD = 0.25
 ERRORS = ("miss", "wrong class", "false alarm")
 IMAGE_RATE = 10  # frames per second, about, for still images: seeking is smooth, the file small
 WIDEST_PANEL = 2.0  # width / height; an image longer or taller than this gets bars
@@ -54,9 +55,12 @@ class Reel:
 
 
 class Predictions:
-    """The output folder of `pipeline segment`, cut at a score. Raises `UserError` if it is none."""
+    """The output folder of `pipeline segment`, cut at a score. Raises `UserError` if it is none.
 
-    def __init__(self, folder: Path, threshold: float) -> None:
+    Without a `threshold`, images of pooled folds have their own.
+    """
+
+    def __init__(self, folder: Path, threshold: float | None) -> None:
         self.folder = folder
         self.classes, images = read_images(folder)
         if not images:
@@ -85,8 +89,19 @@ class Predictions:
         found = image["width"], image["height"]
         if found != size:
             raise UserError(f"--predictions: {name}: expected a size of {size}, found {found}")
+        threshold = self._threshold
+        if threshold is None:
+            threshold = image.get("threshold", DEFAULT_THRESHOLD)
         entries = self._results.get(image["id"], [])
-        return from_coco_results([e for e in entries if e["score"] >= self._threshold])
+        return from_coco_results([e for e in entries if e["score"] >= threshold])
+
+    @property
+    def cut(self) -> str:
+        """The score from which instances count, in words."""
+        if self._threshold is not None:
+            return f"{self._threshold:.3g}"
+        found = {i.get("threshold", DEFAULT_THRESHOLD) for i in self._images.values()}
+        return f"{min(found):.3g}" if len(found) == 1 else f"{min(found):.3g}–{max(found):.3g}"
 
 
 def run(config: OverlayConfig) -> None:
@@ -118,8 +133,8 @@ def _film(
 ) -> Counter[str | None]:
     """Draw and encode image by image. Returns how often each verdict was given."""
     note = (
-        f"score from {config.threshold:.3g} · q: mask quality, by SAM's own estimate"
-        if "prediction" in captions
+        f"score from {predictions.cut} · q: mask quality, by SAM's own estimate"
+        if predictions and "prediction" in captions
         else ""
     )
     drawer = ReviewDrawer(reel.classes, captions, _panel_size(reel.sizes, config.height), note)
