@@ -17,6 +17,8 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from mvtec_tree import write, write_tree
 
 from pipeline import record
@@ -26,10 +28,11 @@ from pipeline.data.dataset import Dataset
 from pipeline.data.files import read_json
 from pipeline.errors import UserError
 from pipeline.models import text, yolo_world
-from pipeline.models.yolo_trainer import PromptTrainer
+from pipeline.models.yolo_trainer import BalancedSampler, PromptTrainer
 from pipeline.stages import convert, finetune_yolo
 
 # Ultralytics is imported after our modules, which keep it to themselves.
+from ultralytics.data import base as ultralytics_base  # isort: skip
 from ultralytics.engine import trainer as ultralytics_trainer  # isort: skip
 
 CLASSES = ("bright_spot", "dark_spot")
@@ -628,6 +631,151 @@ def test_light_varies_by_the_generator_alone() -> None:
     assert all(v.shape == picture.shape and v.dtype == np.uint8 for v in varied)
     unchanged = sum(np.array_equal(v, picture) for v in varied)
     assert 30 < unchanged < 80  # 300 * 0.5 * 0.7 * 0.8**3 = 54, if each is drawn by itself
+
+
+# ---------------------------------------------------------------- pasted defects, balanced epochs
+
+
+def test_defects_are_pasted_on_good_training_images_alone(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And come with labels: the boxes hold what differs from the good image."""
+    changes = {"paste": 1.0, "free_pose": True}
+    items = shown(dataset, tmp_path / "a", monkeypatch, "train", **changes)
+    pasted = 0
+    for index, sample in enumerate(Dataset(dataset).split("train")):
+        before, label = sample.image(), items.get_image_and_label(index)
+        if sample.annotations:
+            assert np.array_equal(label["img"], before)
+            assert len(label["cls"]) == len(sample.annotations)
+            continue
+        assert np.array_equal(items.load_image(index)[0], before), "the cache stays as it is"
+        boxes = label["instances"].bboxes * [64, 48, 64, 48]
+        for (x, y, width, height), cls in zip(boxes, label["cls"].ravel(), strict=True):
+            left, top = round(x - width / 2), round(y - height / 2)
+            grey = label["img"].mean(axis=2)
+            spot = grey > 185 if cls == 0 else grey < 60
+            inside = np.zeros_like(spot)
+            inside[top : top + round(height), left : left + round(width)] = True
+            _, found = cv2.connectedComponents((spot & inside).astype(np.uint8))
+            assert np.abs(gaps(cv2.boundingRect((found > 0).astype(np.uint8)),
+                               (left, top, width, height))).max() <= 2  # fmt: skip
+            pasted += 1
+    assert pasted >= 3
+
+
+def test_only_training_images_are_cut(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    samples = Dataset(dataset).split("train")
+    opened: list[str] = []
+    imread = ultralytics_base.imread
+
+    def watch(path: str, *rest: Any, **options: Any) -> Any:
+        opened.append(Path(path).name)
+        return imread(path, *rest, **options)
+
+    monkeypatch.setattr(ultralytics_base, "imread", watch)
+    items = shown(dataset, tmp_path / "a", monkeypatch, "train")
+    assert set(opened) == {sample.path.name for sample in samples}
+    assert len(items._cuttings) == sum(len(sample.annotations) for sample in samples) > 0
+
+
+@pytest.mark.parametrize(
+    ("mode", "changes"),
+    [("val", {"paste": 1.0}), ("train", {"paste": 0.0}), ("train", {"augment": False})],
+)
+def test_nothing_is_pasted_on_what_is_measured_or_unless_asked(
+    dataset: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    mode: str,
+    changes: dict[str, Any],
+) -> None:
+    items = shown(dataset, tmp_path, monkeypatch, mode, **changes)
+    for index, sample in enumerate(Dataset(dataset).split(mode)):
+        for _ in range(3):
+            label = items.get_image_and_label(index)
+            assert np.array_equal(label["img"], sample.image())
+            assert len(label["cls"]) == len(sample.annotations)
+
+
+LABELS = [-1] * 31 + [0] * 3 + [1] * 5 + [-1] * 10 + [2]  # 50 images
+
+
+@given(defective=st.floats(0.05, 0.95), seed=st.integers(0, 9), epochs=st.integers(1, 40))
+@settings(max_examples=40)
+def test_epochs_are_balanced(defective: float, seed: int, epochs: int) -> None:
+    sampler = BalancedSampler(LABELS, defective, seed)
+    counts = np.zeros(len(LABELS), int)
+    for _ in range(epochs):
+        drawn = list(sampler)
+        assert len(drawn) == len(sampler) == len(LABELS)
+        assert sum(LABELS[i] >= 0 for i in drawn) == round(defective * len(LABELS))
+        np.add.at(counts, drawn, 1)
+    labels = np.array(LABELS)
+    for label in (-1, 0, 1, 2):  # an image as often as any other of its class
+        assert np.ptp(counts[labels == label]) <= 1
+    assert np.ptp([counts[labels == label].sum() for label in (0, 1, 2)]) <= 1
+
+
+def test_epochs_differ_and_can_be_repeated() -> None:
+    sampler, other = (BalancedSampler(LABELS, 0.5, seed) for seed in (0, 1))
+    epochs = [list(sampler) for _ in range(3)]
+    assert epochs[0] != epochs[1] != epochs[2]
+    sampler.epoch = 1  # as when a training goes on
+    assert [list(sampler), list(sampler)] == epochs[1:]
+    assert list(other) != epochs[0]
+
+
+def test_processes_share_an_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = list(BalancedSampler(LABELS, 0.5, 0))
+    parts = []
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 3)
+    for rank in range(3):
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
+        sampler = BalancedSampler(LABELS, 0.5, 0)
+        parts.append(list(sampler))
+        assert len(parts[-1]) == len(sampler) == 17
+    together = [i for images in zip(*parts, strict=True) for i in images]
+    assert together[:50] == whole and together[50:] == whole[:1]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_loader_shows_balanced_epochs(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
+    given = begin(monkeypatch, config(dataset, tmp_path, defective=0.75, paste=0.0))
+    trainer = PromptTrainer(overrides=given | {"workers": workers, "mosaic": 0.0})
+    loader = trainer.get_dataloader("", batch_size=4, rank=-1)
+    labels = {str(s.path): s.label for s in Dataset(dataset).split("train")}
+    good: set[str] = set()
+    for _ in range(4):
+        files = [file for batch in loader for file in batch["im_file"]]
+        assert (
+            sorted(labels[file] for file in files) == [-1] * 3 + [0] * 4 + [1] * 5
+            or sorted(labels[file] for file in files) == [-1] * 3 + [0] * 5 + [1] * 4
+        )
+        good |= {file for file in files if labels[file] < 0}
+    assert len(good) == 4
+    loader.close()
+    assert trainer.balance is not None
+    trainer.train_loader, trainer.epoch = loader, 2
+    trainer._close_dataloader_mosaic()  # workers may have begun epoch 4
+    assert trainer.balance.epoch == 2
+
+
+@pytest.mark.parametrize(("mode", "changes"), [("train", {"defective": 0.0}), ("val", {})])
+def test_each_image_once(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str, changes: Any
+) -> None:
+    trainer = PromptTrainer(
+        overrides=begin(monkeypatch, config(dataset, tmp_path, **changes)) | {"workers": 0}
+    )
+    loader = trainer.get_dataloader("", batch_size=4, rank=-1, mode=mode)
+    files = sorted(Path(file).name for batch in loader for file in batch["im_file"])
+    assert files == sorted(sample.path.name for sample in Dataset(dataset).split(mode))
 
 
 # ---------------------------------------------------------------- several GPUs

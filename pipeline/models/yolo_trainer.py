@@ -6,17 +6,22 @@ on several GPUs.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from copy import copy
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import torch
+from torch import distributed
 
 from pipeline.data import augment
 from pipeline.data.coco import yolo_label
 from pipeline.data.dataset import Dataset, Sample
 from pipeline.data.files import write_text
+from pipeline.data.masks import decode_rle
+from pipeline.data.paste import cut, paste
 from pipeline.models.ultralytics_settings import isolate, quiet
 
 isolate()
@@ -34,6 +39,8 @@ class PromptTrainer(DetectionTrainer):
     Ultralytics' own WorldTrainer asks CLIP for the class names in every run; here the prompts are
     part of the model.
     """
+
+    balance: BalancedSampler | None = None  # of the training images
 
     def __init__(self, *args: Any, **options: Any) -> None:
         threads = torch.get_num_threads()
@@ -57,6 +64,14 @@ class PromptTrainer(DetectionTrainer):
         if self.resume and RANK in {-1, 0}:
             rows = self.csv.read_text(encoding="utf-8").splitlines(keepends=True)
             write_text(self.csv, "".join(rows[: 1 + self.start_epoch]))
+        if self.balance is not None:
+            self.balance.epoch = self.start_epoch
+
+    def _close_dataloader_mosaic(self) -> None:
+        """Go on without mosaic. What workers had prepared of this epoch is thrown away."""
+        super()._close_dataloader_mosaic()
+        if self.balance is not None:
+            self.balance.epoch = self.epoch
 
     def save_model(self) -> bool:
         """Write checkpoints under other names first: a kill must not leave half of one."""
@@ -76,14 +91,31 @@ class PromptTrainer(DetectionTrainer):
         self.validator.args.plots = self.args.plots
         self.metrics = self.validator(model=self.best)
 
+    def get_dataloader(
+        self, dataset_path: str, batch_size: int = 16, rank: int = 0, mode: str = "train"
+    ) -> Any:
+        loader = super().get_dataloader(dataset_path, batch_size, rank, mode)
+        labels = [sample.label for sample in self._samples(mode)]
+        share = self.data["defective"]
+        if mode == "train" and share and min(labels) < 0 <= max(labels):
+            self.balance = BalancedSampler(labels, share, self.args.seed)
+            # A loader's sampler cannot be exchanged, and Ultralytics takes none: so exchange it
+            # where batches are made. The one that was there has the same length.
+            loader.batch_sampler.sampler.sampler = self.balance
+        return loader
+
+    def _samples(self, mode: str) -> list[Sample]:
+        return Dataset(Path(self.data["path"])).split(*self.data["splits"][mode])
+
     def build_dataset(
         self, img_path: str, mode: str = "train", batch: int | None = None
     ) -> YOLODataset:
-        samples = Dataset(Path(self.data["path"])).split(*self.data["splits"][mode])
+        samples = self._samples(mode)
         options = copy(self.args)
         options.deterministic = False  # or it warns of the cache, whose order is in truth fixed
         return CocoTruthDataset(
             samples=samples,
+            paste=self.data["paste"] if mode == "train" else 0.0,
             img_path=img_path,
             imgsz=self.args.imgsz,
             batch_size=batch,
@@ -103,12 +135,98 @@ def plot_curves(results: Path) -> None:
     plot_results(results)
 
 
-class CocoTruthDataset(YOLODataset):
-    """Boxes from the dataset's COCO truth. Writes no cache, so the dataset may be read-only."""
+class BalancedSampler(torch.utils.data.Sampler[int]):
+    """Which images the epochs show: as many as there are, but a given part of them defective.
 
-    def __init__(self, *, samples: list[Sample], **options: Any) -> None:
+    Over the epochs every class of defects appears as often as any other, every image of a class as
+    often as any other of it, and every good image as often as any other: each is shown once, in
+    random order, before one is shown again.
+    In distributed training every process has its part of the epoch.
+    """
+
+    def __init__(self, labels: Sequence[int], defective: float, seed: int) -> None:
+        """`labels`: class index of each image, -1 for good; `defective`: part of an epoch."""
+        images = np.array(labels)
+        self.epoch = 0  # the next one; workers fetch ahead, so we count by ourselves
+        self._seed = seed
+        self._classes = [
+            np.flatnonzero(images == label) for label in np.unique(images[images >= 0])
+        ]
+        self._good = np.flatnonzero(images < 0)
+        self._defective = round(defective * len(images))
+        self._total = len(images)
+        parallel = distributed.is_available() and distributed.is_initialized()
+        self._rank = distributed.get_rank() if parallel else 0
+        self._processes = distributed.get_world_size() if parallel else 1
+
+    def __len__(self) -> int:
+        return -(-self._total // self._processes)
+
+    def __iter__(self) -> Iterator[int]:
+        order = self._order(self.epoch)
+        self.epoch += 1
+        whole = np.resize(order, len(self) * self._processes)  # the first ones fill it up
+        return iter(whole[self._rank :: self._processes].tolist())
+
+    def _order(self, epoch: int) -> np.ndarray:
+        """The images of an epoch, shuffled."""
+        begin, end, n = epoch * self._defective, (epoch + 1) * self._defective, len(self._classes)
+        shown = [  # places of the defective ones, counted over all epochs, go to classes in turn
+            self._turns(images, -(-(begin - i) // n), -(-(end - i) // n))
+            for i, images in enumerate(self._classes)
+        ]
+        good = self._total - self._defective
+        shown.append(self._turns(self._good, epoch * good, (epoch + 1) * good))
+        return np.random.default_rng([self._seed, epoch]).permutation(np.concatenate(shown))
+
+    def _turns(self, images: np.ndarray, begin: int, end: int) -> np.ndarray:
+        """Entries `begin` to `end` of the images repeated for ever, each time in another order."""
+        first = begin // len(images)
+        rounds = [
+            np.random.default_rng([self._seed, turn, int(images[0])]).permutation(images)
+            for turn in range(first, -(-end // len(images)))
+        ]
+        skipped = first * len(images)
+        return np.concatenate([images[:0], *rounds])[begin - skipped : end - skipped]
+
+
+class CocoTruthDataset(YOLODataset):
+    """Boxes from the dataset's COCO truth. Writes no cache, so the dataset may be read-only.
+
+    `paste` is the part of the good images that get defects of other images, each time others.
+    """
+
+    def __init__(self, *, samples: list[Sample], paste: float, **options: Any) -> None:
         self._samples = samples
+        self._paste = paste
         super().__init__(**options)
+        self._cuttings = [
+            cutting
+            for i, sample in enumerate(samples if paste else [])
+            if sample.annotations
+            for cutting in cut(
+                self.load_image(i)[0],
+                _masks(sample, self.load_image(i)[2]),
+                np.array([a["category_id"] - 1 for a in sample.annotations]),
+            )
+        ]
+
+    def update_labels_info(self, label: dict[str, Any]) -> dict[str, Any]:
+        """Maybe paste defects on a good image.
+
+        Like Ultralytics' augmentations, by the random state that is seeded for each process.
+        """
+        if self._cuttings and not len(label["cls"]) and np.random.random() < self._paste:
+            rng = np.random.default_rng(np.random.randint(2**32, dtype=np.uint32))
+            label["img"], pasted = paste(
+                label["img"], self._cuttings, rng, free_pose=self.data["free_pose"]
+            )
+            if pasted.class_id is not None and len(pasted):
+                height, width = label["img"].shape[:2]
+                boxes = [yolo_label(tuple(box), width, height) for box in pasted.xyxy.tolist()]
+                label["bboxes"] = np.array(boxes, np.float32)
+                label["cls"] = pasted.class_id.astype(np.float32).reshape(-1, 1)
+        return super().update_labels_info(label)
 
     def build_transforms(self, hyp: Any = None) -> Any:
         with quiet():
@@ -123,6 +241,14 @@ class CocoTruthDataset(YOLODataset):
 
     def get_labels(self) -> list[dict[str, Any]]:
         return [_label(sample) for sample in self._samples]
+
+
+def _masks(sample: Sample, shape: tuple[int, int]) -> np.ndarray:
+    """The true masks (n, height, width) bool at the size that the network sees."""
+    masks = [decode_rle(a["segmentation"]).astype(np.uint8) * 255 for a in sample.annotations]
+    return np.stack(
+        [cv2.resize(mask, shape[::-1], interpolation=cv2.INTER_AREA) >= 128 for mask in masks]
+    )
 
 
 def _label(sample: Sample) -> dict[str, Any]:

@@ -107,6 +107,9 @@ def _training_options(
         "val": f"{split_name('val', config.fold)}.txt",
         "splits": {"train": ["train", config.fold], "val": ["val", config.fold]},
         "names": dict(enumerate(dataset.classes)),
+        "paste": config.paste if config.augment else 0.0,  # Ultralytics hands these on to us
+        "free_pose": config.free_pose,
+        "defective": config.defective,
     }
     write_text(config.out / "data.yaml", yaml.safe_dump(data, sort_keys=False))
     weights = config.out.resolve() / "weights"
