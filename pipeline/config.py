@@ -192,7 +192,7 @@ class FinetuneYoloConfig(TrainConfig):
     image_size: PositiveInt = Field(640, description="longest side the detector sees, in pixels")
     augment: bool = Field(True, description="augment the training images")
     paste: Fraction = Field(
-        0.5,
+        0.0,
         description="part of the good training images that get defects of other training images "
         "pasted on them, if images are augmented",
     )
@@ -200,7 +200,7 @@ class FinetuneYoloConfig(TrainConfig):
         False, description="parts lie at any angle: paste defects anywhere they fit, turned at will"
     )
     defective: Fraction = Field(
-        0.5,
+        0.0,
         description="part of an epoch that shows defective images, each class as often as any "
         "other (0: every image once)",
     )
