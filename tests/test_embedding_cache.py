@@ -285,7 +285,7 @@ def test_segment_gives_the_same_predictions_from_its_cache(
         written.append((tmp_path / name / "predictions.json").read_bytes())
         calls.append(len(encoded))
     assert written[0] == written[1] == written[2]
-    assert calls == [3, 6, 6]  # a window for each defect
+    assert calls == [6, 12, 12]  # for each of three defects a window and its mirror image
 
 
 def test_a_decoder_is_trained_the_same_from_the_cache(

@@ -676,7 +676,7 @@ def test_only_training_images_are_cut(
         return imread(path, *rest, **options)
 
     monkeypatch.setattr(ultralytics_base, "imread", watch)
-    items = shown(dataset, tmp_path / "a", monkeypatch, "train")
+    items = shown(dataset, tmp_path / "a", monkeypatch, "train", paste=0.5)
     assert set(opened) == {sample.path.name for sample in samples}
     assert len(items._cuttings) == sum(len(sample.annotations) for sample in samples) > 0
 

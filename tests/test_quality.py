@@ -164,7 +164,7 @@ def test_segment_lists_masks_for_review(
     class WidthAsQuality:
         """In place of a SAM: each box, filled; a box of 50 pixels has a quality of 0.5."""
 
-        def __init__(self, loaded: object, zoom: object, device: object) -> None:
+        def __init__(self, *_: object) -> None:
             pass
 
         def segment(self, image: np.ndarray, found: sv.Detections, prompt: str) -> sv.Detections:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import sys
 import tempfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -13,7 +14,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import active_children, get_context
 from pathlib import Path
-from threading import current_thread, main_thread
 
 import cv2
 import numpy as np
@@ -99,7 +99,7 @@ def _write_in_processes(jobs: list[_Job], on_image: Callable[[], None]) -> None:
     others = set(active_children())
     with ProcessPoolExecutor(os.cpu_count(), get_context("spawn"), cv2.setNumThreads, (1,)) as pool:
         try:
-            with _interrupts_ignored():  # processes inherit that: only this one answers Ctrl-C
+            with _interrupts_later():  # only this process answers Ctrl-C
                 done = pool.map(_write, *zip(*jobs, strict=True), chunksize=8)
             for _ in done:
                 on_image()
@@ -111,15 +111,16 @@ def _write_in_processes(jobs: list[_Job], on_image: Callable[[], None]) -> None:
 
 
 @contextmanager
-def _interrupts_ignored() -> Iterator[None]:
-    if current_thread() is not main_thread():  # which alone may change what signals do
+def _interrupts_later() -> Iterator[None]:
+    """Ctrl-C waits until the end; processes that are started meanwhile never get it."""
+    if sys.platform == "win32":  # has no such masks
         yield
         return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _write(root: Path, product: str, folder: str, index: int, size: int, seed: int) -> None:
