@@ -23,3 +23,17 @@ def mvtec_root() -> Path:
         give_up = pytest.fail if os.environ.get("PIPELINE_REQUIRE_MVTEC") else pytest.skip
         give_up(f"PIPELINE_MVTEC_ROOT: expected a folder with transistor/, found {root}")
     return root
+
+
+@pytest.fixture(scope="session")
+def sam(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A sam-lite checkpoint with random weights."""
+    import torch
+
+    from pipeline.models import sam as sams
+    from pipeline.models import sam_lite
+
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("sam") / "sam.safetensors"
+    sams.save_sam(path, sams.LoadedSam(sam_lite.build_sam_lite(), "sam-lite", 1.5))
+    return str(path)

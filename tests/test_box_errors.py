@@ -4,27 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import pytest
-import supervision as sv
+from detections import detections
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.data.box_errors import KINDS, box_errors
 from pipeline.data.matching import match
-
-
-def detections(*rows: tuple[float, ...]) -> sv.Detections:
-    """From (x1, y1, x2, y2, class) or (x1, y1, x2, y2, class, score)."""
-    if not rows:
-        return sv.Detections.empty()
-    values = np.array(rows, float)
-    return sv.Detections(
-        xyxy=values[:, :4],
-        class_id=values[:, 4].astype(int),
-        confidence=values[:, 5] if values.shape[1] == 6 else None,
-    )
-
 
 A = (0, 0, 10, 10, 0)  # of class 0
 B = (50, 0, 60, 10, 1)  # of class 1

@@ -19,7 +19,6 @@ from pipeline import cli
 from pipeline.config import FinetuneSamConfig, SegmentConfig, build
 from pipeline.data import tensors
 from pipeline.errors import UserError
-from pipeline.models import sam as sams
 from pipeline.models import sam_lite
 from pipeline.models.embedding_cache import SUFFIX, CachedEncoder
 from pipeline.stages import finetune_sam, segment
@@ -249,15 +248,6 @@ IMAGES: tuple[Defects, ...] = (
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("data") / "d"
     return write_dataset(root, {"train": IMAGES[1:], "test": IMAGES})
-
-
-@pytest.fixture(scope="module")
-def sam(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A sam-lite checkpoint with random weights."""
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("sam") / "sam.safetensors"
-    sams.save_sam(path, sams.LoadedSam(sam_lite.build_sam_lite(), "sam-lite", 1.5))
-    return str(path)
 
 
 @pytest.fixture

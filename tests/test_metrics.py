@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import supervision as sv
+from detections import detections
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pycocotools import mask as coco_mask
@@ -20,18 +21,6 @@ from pipeline.data.decision import confusion_matrix, decision_scores
 from pipeline.data.matching import match, verdict
 
 SIDE = 80
-
-
-def detections(*rows: tuple[float, ...]) -> sv.Detections:
-    """From (x1, y1, x2, y2, class) or (x1, y1, x2, y2, class, score)."""
-    if not rows:
-        return sv.Detections.empty()
-    values = np.array(rows, float)
-    return sv.Detections(
-        xyxy=values[:, :4],
-        class_id=values[:, 4].astype(int),
-        confidence=values[:, 5] if values.shape[1] == 6 else None,
-    )
 
 
 # Matching and verdicts

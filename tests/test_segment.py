@@ -25,7 +25,6 @@ from pipeline.data.masks import decode_rle, encode_rle
 from pipeline.data.video import VideoWriter
 from pipeline.errors import UserError
 from pipeline.models import sam as sams
-from pipeline.models import sam_lite
 from pipeline.stages import evaluate, overlay, segment
 
 # Images 1 and 2 are the val split; 3 to 5 the test split.
@@ -43,15 +42,6 @@ Entry = dict[str, Any]
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     splits = {"train": VAL[:0], "val": VAL, "test": TEST}
     return write_dataset(tmp_path_factory.mktemp("data") / "d", splits)
-
-
-@pytest.fixture(scope="module")
-def sam(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A sam-lite checkpoint with random weights."""
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("sam") / "sam.safetensors"
-    sams.save_sam(path, sams.LoadedSam(sam_lite.build_sam_lite(), "sam-lite", 1.5))
-    return str(path)
 
 
 @pytest.fixture
