@@ -145,9 +145,10 @@ def _varied(
     centre = np.array([width - 1, height - 1]) / 2
     shift = SHIFT * rng.uniform(-1, 1, 2) * [width, height]
     affine = np.column_stack([matrix, centre + shift - matrix @ centre])
-    turned = cv2.warpAffine(
-        np.ascontiguousarray(image), affine, (width, height), borderMode=cv2.BORDER_REFLECT_101
+    turned, moved = (
+        cv2.warpAffine(source, affine, (width, height), borderMode=cv2.BORDER_REPLICATE)
+        for source in (np.ascontiguousarray(image), mask.astype(np.uint8) * 255)
     )
-    moved = cv2.warpAffine(mask.astype(np.uint8) * 255, affine, (width, height)) >= 128
+    moved = moved >= 128
     # A defect of few pixels may fall between those of the new picture, or leave it.
     return (turned, moved) if moved.any() else (image, mask)
