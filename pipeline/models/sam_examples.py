@@ -13,7 +13,7 @@ from segment_anything.modeling import Sam
 
 from pipeline.data.augment import vary_light
 from pipeline.data.dataset import Sample
-from pipeline.data.masks import box_of
+from pipeline.data.masks import box_of, decode_rle
 from pipeline.models import prompting
 
 WINDOW_JITTER = 0.15  # shift and scale of the window, part of the box's side
@@ -31,13 +31,9 @@ class Instance:
     index: int
 
     @property
-    def box(self) -> np.ndarray:
-        return np.asarray(self.sample.truth.xyxy[self.index])
-
-    @property
     def mask(self) -> np.ndarray:
-        assert self.sample.truth.mask is not None
-        return np.asarray(self.sample.truth.mask[self.index])
+        """(height, width) bool, decoded anew: masks of thousands of defects fill the memory."""
+        return decode_rle(self.sample.annotations[self.index]["segmentation"])
 
 
 @dataclass(frozen=True)

@@ -86,6 +86,7 @@ def run(config: FinetuneSamConfig) -> None:
     if not config.resume:
         record.claim(config.out, config.force)
         record.write_config(config.out, COMMAND, config)
+        (config.out / BEST).unlink(missing_ok=True)  # of an earlier run
     loaded.model.to(device)
     val = [sample for sample in val if sample.annotations]
     tuned = fit(loaded, train, val, config)
