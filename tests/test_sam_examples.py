@@ -242,7 +242,7 @@ def test_variations_differ() -> None:
     assert np.ptp(np.array(angles) % 90) > 3
 
 
-@given(SEEDS, st.booleans(), st.integers(0, 59), st.integers(0, 39))
+@given(SEEDS, st.booleans(), st.integers(1, 58), st.integers(1, 38))
 def test_a_defect_of_one_pixel_never_vanishes(seed: int, free_pose: bool, x: int, y: int) -> None:
     mask = filled((x, y, x + 1, y + 1), 40, 60)
     rng = np.random.default_rng(seed)

@@ -145,6 +145,6 @@ def _varied(
         cv2.warpAffine(source, affine, (width, height), borderMode=cv2.BORDER_REPLICATE)
         for source in (np.ascontiguousarray(image), mask.astype(np.uint8) * 255)
     )
-    moved = moved >= 128
+    seen = moved >= 128
     # A defect of few pixels may fall between those of the new picture, or leave it.
-    return (turned, moved) if moved.any() else (image, mask)
+    return (turned, seen) if seen.any() else (image, mask)
