@@ -204,6 +204,11 @@ class FinetuneYoloConfig(TrainConfig):
         description="part of an epoch that shows defective images, each class as often as any "
         "other (0: every image once)",
     )
+    shots: PositiveInt | None = Field(
+        None,
+        description="train on at most this many defective images of each class, and on all good "
+        "ones (default: all)",
+    )
     offline: bool = Field(False, description="never download")
 
 

@@ -24,11 +24,11 @@ from mvtec_tree import write, write_tree
 from pipeline import record
 from pipeline.config import ConvertConfig, FinetuneYoloConfig
 from pipeline.data.augment import vary_light
-from pipeline.data.dataset import Dataset
+from pipeline.data.dataset import Dataset, Sample
 from pipeline.data.files import read_json
 from pipeline.errors import UserError
 from pipeline.models import text, yolo_world
-from pipeline.models.yolo_trainer import BalancedSampler, PromptTrainer
+from pipeline.models.yolo_trainer import BalancedSampler, PromptTrainer, few_shot
 from pipeline.stages import convert, finetune_yolo
 
 # Ultralytics is imported after our modules, which keep it to themselves.
@@ -764,6 +764,39 @@ def test_loader_shows_balanced_epochs(
     trainer.train_loader, trainer.epoch = loader, 2
     trainer._close_dataloader_mosaic()  # workers may have begun epoch 4
     assert trainer.balance.epoch == 2
+
+
+def test_fewer_shots_are_a_part_of_more_and_good_images_stay() -> None:
+    samples = [
+        Sample(i, Path(f"{i}.png"), 64, 48, ({"category_id": label + 1, "area": 1},) * (label >= 0))
+        for i, label in enumerate(LABELS)
+    ]
+    first: set[int] = set()
+    for seed in range(9):
+        fewer: set[int] = set()
+        for shots in (1, 2, 4, 9):
+            chosen = [sample.image_id for sample in few_shot(samples, shots, seed)]
+            assert chosen == sorted(chosen)
+            for label, images in ((-1, 41), (0, 3), (1, 5), (2, 1)):
+                found = sum(LABELS[i] == label for i in chosen)
+                assert found == (images if label < 0 else min(shots, images))
+            assert fewer < set(chosen)
+            fewer = set(chosen)
+        assert chosen == list(range(50))
+        first |= {s.image_id for s in few_shot(samples, 1, seed) if s.label == 1}
+    assert len(first) > 1, "another seed chooses others"
+
+
+def test_training_sees_so_many_shots(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = config(dataset, tmp_path, shots=1)
+    trainer = PromptTrainer(overrides=begin(monkeypatch, given) | {"workers": 0})
+    loader = trainer.get_dataloader("", batch_size=4, rank=-1)
+    labels = {str(s.path): s.label for s in Dataset(dataset).split("train")}
+    files = [file for batch in loader for file in batch["im_file"]]
+    assert sorted(labels[file] for file in files) == [-1] * 4 + [0, 1]
+    assert len(trainer.build_dataset("", "val")) == len(Dataset(dataset).split("val"))
 
 
 @pytest.mark.parametrize(("mode", "changes"), [("train", {"defective": 0.0}), ("val", {})])

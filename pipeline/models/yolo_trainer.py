@@ -105,7 +105,9 @@ class PromptTrainer(DetectionTrainer):
         return loader
 
     def _samples(self, mode: str) -> list[Sample]:
-        return Dataset(Path(self.data["path"])).split(*self.data["splits"][mode])
+        samples = Dataset(Path(self.data["path"])).split(*self.data["splits"][mode])
+        shots = self.data["shots"] if mode == "train" else None
+        return samples if shots is None else few_shot(samples, shots, self.args.seed)
 
     def build_dataset(
         self, img_path: str, mode: str = "train", batch: int | None = None
@@ -133,6 +135,19 @@ class PromptTrainer(DetectionTrainer):
 def plot_curves(results: Path) -> None:
     """Plot `results.csv` as `results.png` beside it."""
     plot_results(results)
+
+
+def few_shot(samples: Sequence[Sample], shots: int, seed: int) -> list[Sample]:
+    """At most `shots` defective images of each class and all good ones, in their order.
+
+    Fewer shots of the same seed are a part of more.
+    """
+    labels = np.array([sample.label for sample in samples])
+    kept = labels < 0
+    for label in np.unique(labels[~kept]):
+        images = np.flatnonzero(labels == label)
+        kept[np.random.default_rng([seed, label]).permutation(images)[:shots]] = True
+    return [sample for sample, keep in zip(samples, kept, strict=True) if keep]
 
 
 class BalancedSampler(torch.utils.data.Sampler[int]):

@@ -110,6 +110,7 @@ def _training_options(
         "paste": config.paste if config.augment else 0.0,  # Ultralytics hands these on to us
         "free_pose": config.free_pose,
         "defective": config.defective,
+        "shots": config.shots,
     }
     write_text(config.out / "data.yaml", yaml.safe_dump(data, sort_keys=False))
     weights = config.out.resolve() / "weights"
