@@ -301,8 +301,8 @@ def test_a_failed_training_names_its_log(
     failed = subprocess.CompletedProcess([], 2)
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: failed)
     model = bench.Bench(dataset, tmp_path, None), "sam_lite_finetuned", "zoom", 0
-    with pytest.raises(UserError, match=r"sam_lite_finetuned-zoom\.log: expected a training"):
-        bench.train_one(bench.training(*model), 1)
+    with pytest.raises(UserError, match=r"sam_lite_finetuned-zoom\.log: expected finetune-sam"):
+        bench.common.run_stage((bench.FINETUNE, bench.training(*model)), 1)
 
 
 def test_bad_input_exits_with_2(

@@ -6,16 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")  # no display is needed
-
 import numpy as np
-from matplotlib import pyplot as plt
 from scipy import stats
 
+from benchmarks import common
 from pipeline.data import metrics
-from pipeline.data.files import atomic_path
 
 RESAMPLES = 10_000
 COLOURS = {  # Okabe and Ito's, which the colour-blind can tell apart
@@ -95,35 +90,9 @@ def _rounded(value: Any) -> float:
 def plot(path: Path, summary: Mapping[str, Mapping[str, Any]]) -> None:
     """Bars of the mean IoU with its interval: a group for each method and view, a bar for each
     kind of boxes. The keys of `summary` are `<method>/<view>/<boxes>`."""
-    groups = list(dict.fromkeys(key.rpartition("/")[0] for key in summary))
-    kinds = [kind for kind in COLOURS if any(key.endswith(f"/{kind}") for key in summary)]
-    thickness = 0.8 / len(kinds)
-    height = 1.2 + len(groups) * (0.2 + 0.2 * len(kinds))
-    figure, axis = plt.subplots(figsize=(8, height))
-    for k, kind in enumerate(kinds):
-        rows = {g: summary[f"{g}/{kind}"] for g in groups if f"{g}/{kind}" in summary}
-        places = [groups.index(g) + (k - (len(kinds) - 1) / 2) * thickness for g in rows]
-        means = np.array([row["mean_iou"] for row in rows.values()])
-        low, high = np.array([row["mean_iou_interval"] for row in rows.values()]).T
-        axis.barh(places, means, thickness, color=COLOURS[kind], label=kind.replace("_", " "))
-        axis.errorbar(
-            means,
-            places,
-            xerr=[np.maximum(means - low, 0), np.maximum(high - means, 0)],
-            fmt="none",
-            ecolor="black",
-            elinewidth=1,
-            capsize=2,
-        )
-        for place, value in zip(places, means, strict=True):
-            axis.text(0.01, place, f"{value:.2f}", va="center", fontsize=8, color="white")
-    axis.set_yticks(range(len(groups)), [group.removesuffix("/any") for group in groups])
-    axis.invert_yaxis()
-    axis.set(xlim=(0, 1), xlabel="mean IoU of the masks, with 95 % interval")
-    axis.grid(axis="x", alpha=0.3)
-    axis.set_axisbelow(True)
-    figure.legend(*axis.get_legend_handles_labels(), loc="outside upper center", ncols=len(kinds))
-    with atomic_path(path) as temporary:
-        # equal bytes on equal input
-        figure.savefig(temporary, dpi=120, bbox_inches="tight", metadata={"Software": None})
-    plt.close(figure)
+    bars: dict[str, dict[str, common.Bar]] = {}
+    for key, row in summary.items():
+        group, _, kind = key.rpartition("/")
+        bar = row["mean_iou"], row["mean_iou_interval"]
+        bars.setdefault(group.removesuffix("/any"), {})[kind] = bar
+    common.plot_bars(path, bars, COLOURS, "mean IoU of the masks, with 95 % interval")

@@ -10,15 +10,9 @@ everything finished is kept: a benchmark that is called again goes on where it w
 from __future__ import annotations
 
 import argparse
-import datetime
-import os
-import platform
 import shlex
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -28,21 +22,19 @@ import figures
 import methods
 import numpy as np
 import supervision as sv
-import torch
-import yaml
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks import common
 from pipeline import __version__, config, record
 from pipeline.data import masks, predictions
 from pipeline.data.dataset import Dataset, Sample
-from pipeline.data.files import read_json, write_json, write_text
+from pipeline.data.files import read_json, write_json
 from pipeline.data.matching import MATCH_IOU
 from pipeline.errors import UserError
 from pipeline.models import sam as sams
 from pipeline.models import weights
 from pipeline.models.device import torch_device
-from pipeline.stages import convert
 
 HERE = Path(__file__).parent
 FOLDS = 5
@@ -65,6 +57,7 @@ FINETUNED: dict[str, dict[str, Any]] = {  # options of `pipeline finetune-sam`
         "offline": True,
     },
 }
+FINETUNE = common.pipeline("finetune-sam")
 METHODS = ("box_filled", "grabcut", *ZERO_SHOT, *FINETUNED)
 
 BoxesOf = Callable[[Sample, int], np.ndarray]  # (boxes, 4) for one true instance of an image
@@ -101,12 +94,8 @@ class Bench:
 
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser().parse_args(argv)
-    try:
+    with common.problems_as_lines(Path(__file__).name):
         run(arguments)
-    except UserError as error:
-        for problem in error.problems:
-            print(f"{Path(__file__).name}: {problem}", file=sys.stderr)
-        sys.exit(2)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -153,10 +142,7 @@ def run(arguments: argparse.Namespace) -> None:
     write_json(
         place / "results.json",
         {
-            "date": datetime.date.today().isoformat(),
-            "command": command(arguments),
-            "machine": machine(),
-            "versions": record.versions(),
+            **common.made_by(command(arguments)),
             "seed": SEED,
             "category": arguments.category,
             "folds": {"count": FOLDS, "measured": folds},
@@ -192,9 +178,7 @@ def converted(source: Path, out: Path) -> Dataset:
     options = config.build(
         config.ConvertConfig, {"source": source, "out": out, "folds": FOLDS, "seed": SEED}
     )
-    if not record.is_complete(out, record.signature("convert", options)):
-        convert.run(options.model_copy(update={"force": True}))
-    return Dataset(out)
+    return common.converted(options)
 
 
 # ---- Training --------------------------------------------------------------------------------
@@ -204,9 +188,7 @@ def train(bench: Bench, rows: Sequence[Row], folds: Sequence[int], jobs: int) ->
     """Fine-tune what the rows need, `jobs` at a time, each in a process of its own."""
     models = dict.fromkeys((row.method, row.view) for row in rows if row.method in FINETUNED)
     trainings = [training(bench, *model, fold) for fold in folds for model in models]
-    threads = max(1, (os.cpu_count() or 1) // jobs)
-    with ThreadPoolExecutor(jobs) as pool:
-        list(pool.map(lambda options: train_one(options, threads), trainings))
+    common.run_stages([(FINETUNE, options) for options in trainings], jobs)
 
 
 def training(bench: Bench, method: str, view: str, fold: int) -> config.FinetuneSamConfig:
@@ -223,39 +205,9 @@ def training(bench: Bench, method: str, view: str, fold: int) -> config.Finetune
     )
 
 
-def train_one(options: config.FinetuneSamConfig, threads: int) -> None:
-    """`pipeline finetune-sam`, unless its result is there. Raises `UserError` when it fails."""
-    name, out = "finetune-sam", options.out
-    if record.is_complete(out, record.signature(name, options)):
-        return
-    resume = record.can_resume(name, options)
-    written, log = out.with_name(f"{out.name}.yaml"), out.with_name(f"{out.name}.log")
-    values = options.model_dump(mode="json", exclude={"force", "resume"})
-    write_text(written, yaml.safe_dump(values, sort_keys=False))
-    print(f"training {out}, see {log}", flush=True)
-    arguments = [name, "--config", str(written), "--resume" if resume else "--force"]
-    started = time.monotonic()
-    with log.open("a" if resume else "w", encoding="utf-8") as file:
-        done = subprocess.run(
-            [sys.executable, "-m", "pipeline", *arguments],
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, "OMP_NUM_THREADS": str(threads)},
-        )
-    if done.returncode:
-        raise UserError(f"{log}: expected a training, found that it failed; the reason is there")
-    seconds = None if resume else round(time.monotonic() - started, 1)
-    write_json(seconds_file(out), {"seconds": seconds})
-
-
-def seconds_file(out: Path) -> Path:
-    return out.with_name(f"{out.name}.seconds.json")
-
-
 def training_seconds(bench: Bench, row: Row, fold: int) -> float | None:
     """How long a training took, its start included; unknown if it was interrupted."""
-    path = seconds_file(training(bench, row.method, row.view, fold).out)
-    return read_json(path)["seconds"] if path.is_file() else None
+    return common.timing_of(training(bench, row.method, row.view, fold).out)["seconds"]
 
 
 # ---- Measuring -------------------------------------------------------------------------------
@@ -430,11 +382,6 @@ def command(arguments: argparse.Namespace) -> str:
     if arguments.jobs != 1:
         words += ["--jobs", str(arguments.jobs)]
     return shlex.join(words)
-
-
-def machine() -> str:
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
-    return f"{os.cpu_count()} x {platform.processor() or platform.machine()}, {gpu}"
 
 
 def show(summary: dict[str, Any]) -> None:
