@@ -1,0 +1,242 @@
+"""How well are defects found? Ours beside Ultralytics' defaults, on the same five folds.
+
+    python benchmarks/detection/run.py --mvtec-root datasets/mvtec_ad --checkpoint yolov8n.pt
+
+What the rows and the figures mean is in benchmarks/detection/README.md. The result goes to
+results.json and results.png beside this file; that of a part (--folds, --methods) goes to the work
+folder, where everything finished is kept: a benchmark that is called again goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from benchmarks import common
+from benchmarks.detection import figures
+from benchmarks.detection.baselines import BASELINES
+from pipeline import config, record
+from pipeline.config import FOLD, SegmentConfig, StageConfig
+from pipeline.data.dataset import Dataset
+from pipeline.data.files import read_json, sha256, write_json
+from pipeline.data.predictions import coco_results, write_predictions
+from pipeline.errors import UserError
+from pipeline.models import yolo_world
+from pipeline.models.device import torch_device
+from pipeline.stages import run as runs
+
+HERE = Path(__file__).parent
+CONFIG = HERE.parents[1] / "configs" / "transistor-5fold.yaml"
+SHIPPED = "ours_from_shipped_weights"
+METHODS = ("ours", SHIPPED, *BASELINES)
+# Options that differ from those of `ours`, by the name of the row.
+ABLATION: dict[str, dict[str, Any]] = {
+    "ablation/pasting": {"finetune_yolo.paste": 0.5},
+    "ablation/balancing": {"finetune_yolo.defective": 0.5},
+    "ablation/pasting_and_balancing": {
+        "finetune_yolo.paste": 0.5,
+        "finetune_yolo.defective": 0.5,
+    },
+    "ablation/no_augmentation": {"finetune_yolo.augment": False},
+}
+FEW_SHOT: dict[str, dict[str, Any]] = {
+    f"few_shot/{shots}": {"finetune_yolo.shots": shots} for shots in (1, 2, 4, 8)
+}
+CHANGES: Mapping[str, dict[str, Any]] = {**ABLATION, **FEW_SHOT}
+
+Fold = int | Literal["all"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the comparison: a method on one fold or, pooled, on all of them."""
+
+    method: str
+    fold: Fold
+    stages: Sequence[tuple[str, StageConfig]]  # what `pipeline run` would do
+
+    @property
+    def key(self) -> str:
+        return self.method if self.fold == "all" else f"{self.method}/fold{self.fold}"
+
+    def of(self, command: str) -> list[StageConfig]:
+        return [stage for name, stage in self.stages if name == command]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    arguments = parser().parse_args(argv)
+    with common.problems_as_lines(Path(__file__).name):
+        run(arguments)
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--mvtec-root", type=Path, required=True, help="holds the category")
+    parser.add_argument("--work", type=Path, default=Path("runs/benchmark-detection"))
+    parser.add_argument(
+        "--checkpoint", type=Path, help=f"plain YOLOv8n that all methods but {SHIPPED} start from"
+    )
+    parser.add_argument(
+        "--folds", type=int, nargs="+", help="each by itself (default: all, pooled)"
+    )
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        choices=[*METHODS, *CHANGES],
+        metavar="METHOD",
+        help=f"of {', '.join([*METHODS, *CHANGES])} (default: the first {len(METHODS)})",
+    )
+    parser.add_argument("--ablation", action="store_true", help="also all of ablation/")
+    parser.add_argument("--few-shot", action="store_true", help="also all of few_shot/")
+    parser.add_argument("--jobs", type=int, default=1, help="trainings at a time")
+    return parser
+
+
+def run(arguments: argparse.Namespace) -> None:
+    chosen = methods(arguments)
+    check(arguments, chosen)
+    folds: Sequence[Fold] = sorted(set(arguments.folds or ())) or ["all"]
+    rows = [planned(arguments, method, fold) for fold in folds for method in chosen]
+    (convert,) = rows[0].of("convert")
+    assert isinstance(convert, config.ConvertConfig)
+    common.converted(convert)
+    common.run_stages(trainings(rows), arguments.jobs)
+    for row in rows:
+        find_boxes(row)
+    evaluations = [evaluation(row) for row in rows]
+    common.run_stages([(common.pipeline("evaluate"), e) for e in evaluations], arguments.jobs)
+    summary = {
+        row.key: figures.summarise(
+            read_json(evaluated.out / "metrics.json"),
+            [common.timing_of(stage.out) for stage in row.of("finetune-yolo")],
+        )
+        for row, evaluated in zip(rows, evaluations, strict=True)
+    }
+    part = arguments.folds is not None or arguments.methods is not None
+    place = arguments.work if part else HERE
+    given = arguments.checkpoint
+    write_json(
+        place / "results.json",
+        {
+            **common.made_by(command(arguments)),
+            "config": f"configs/{CONFIG.name}",
+            "checkpoint": None if given is None else {"name": given.name, "sha256": sha256(given)},
+            "folds": arguments.folds or "all",
+            "changes": {method: CHANGES[method] for method in chosen if method in CHANGES},
+            "summary": summary,
+        },
+    )
+    figures.plot(place / "results.png", summary)
+    figures.show(summary)
+    print(f"result: {place / 'results.json'}")
+
+
+def methods(arguments: argparse.Namespace) -> list[str]:
+    """What was asked for, in the order of the table."""
+    chosen = {*(arguments.methods or METHODS)}
+    chosen |= {*ABLATION} if arguments.ablation else set()
+    chosen |= {*FEW_SHOT} if arguments.few_shot else set()
+    return [method for method in (*METHODS, *CHANGES) if method in chosen]
+
+
+def check(arguments: argparse.Namespace, chosen: Sequence[str]) -> None:
+    """Raises `UserError` for options that do not fit together."""
+    problems = []
+    if arguments.jobs < 1:
+        problems.append(f"--jobs: expected at least 1, found {arguments.jobs}")
+    count = config.read_yaml(CONFIG)["convert"]["folds"]
+    for fold in arguments.folds or ():
+        if fold not in range(count):
+            problems.append(f"--folds: expected 0 to {count - 1}, found {fold}")
+    starting = [method for method in chosen if method != SHIPPED]
+    if starting and arguments.checkpoint is None:
+        problems.append(f"--checkpoint: required for {', '.join(starting)}, not given")
+    elif arguments.checkpoint is not None and not arguments.checkpoint.is_file():
+        problems.append(f"--checkpoint: expected a file, found none at {arguments.checkpoint}")
+    if problems:
+        raise UserError(*problems)
+
+
+def planned(arguments: argparse.Namespace, method: str, fold: Fold) -> Row:
+    """The stages of `pipeline run CONFIG`, with what the method changes.
+
+    Dataset and classifiers are the same for all methods. There is no segmenter: boxes do not depend
+    on it.
+    """
+    values = config.read_yaml(CONFIG)
+    work = arguments.work
+    values |= {"out": work / method, "mvtec_root": arguments.mvtec_root, "fold": fold}
+    values |= {"finetune_sam": None}
+    values["convert"]["out"] = work / "dataset"
+    for name, options in values.get("finetune_classifier", {}).items():
+        options["out"] = work / "classifiers" / f"fold{FOLD}" / name
+    if method != SHIPPED:
+        values["init"] = str(arguments.checkpoint)
+    for key, value in CHANGES.get(method, {}).items():
+        section, option = key.split(".")
+        values.setdefault(section, {})[option] = value
+    settings = config.build(config.RunConfig, values, file=CONFIG)
+    return Row(method, fold, runs.plan(settings))
+
+
+def trainings(rows: Sequence[Row]) -> list[common.Stage]:
+    """The detectors of all rows, and the classifiers, which rows share."""
+    found: dict[Path, common.Stage] = {}
+    for row in rows:
+        ours = common.pipeline("finetune-yolo")
+        train = (str(HERE / "baselines.py"), row.method) if row.method in BASELINES else ours
+        found |= {stage.out: (train, stage) for stage in row.of("finetune-yolo")}
+        classify = common.pipeline("finetune-classifier")
+        found |= {stage.out: (classify, stage) for stage in row.of("finetune-classifier")}
+    return list(found.values())
+
+
+def find_boxes(row: Row) -> None:
+    """The boxes that `pipeline segment` would find, without masks, where they are not there yet."""
+    name = "boxes"
+    for options in row.of("segment"):
+        assert isinstance(options, SegmentConfig)
+        signature = record.signature(name, options)
+        if options.boxes == "truth" or record.is_complete(options.out, signature):
+            continue
+        print(f"{name} {options.out}", flush=True)
+        dataset, device = Dataset(options.source), torch_device(options.device)
+        model, _ = yolo_world.load_checkpoint(options.boxes)
+        detector = yolo_world.Detector(model, options.image_size, device)
+        results: list[dict[str, Any]] = []
+        images: list[dict[str, Any]] = []
+        for sample in (s for part in options.splits for s in dataset.split(part, options.fold)):
+            found = detector.detect(sample.image(), options.min_score, options.max_boxes)
+            results += coco_results(sample.image_id, found)
+            size = {"width": sample.width, "height": sample.height}
+            images.append({"id": sample.image_id, "file_name": sample.path.name, **size})
+        write_predictions(options.out, results, images, detector.classes)
+        common.finish(options.out, name, options)
+
+
+def evaluation(row: Row) -> StageConfig:
+    """`pipeline evaluate` for a row; there are no masks from true boxes."""
+    return row.of("evaluate")[0].model_copy(update={"truth_boxes": None})
+
+
+def command(arguments: argparse.Namespace) -> str:
+    """What was asked for, as anyone would type it."""
+    words = ["python", "benchmarks/detection/run.py", "--mvtec-root", "datasets/mvtec_ad"]
+    if arguments.checkpoint is not None:
+        words += ["--checkpoint", arguments.checkpoint.name]
+    if arguments.folds is not None:
+        words += ["--folds", *map(str, arguments.folds)]
+    if arguments.methods is not None:
+        words += ["--methods", *arguments.methods]
+    words += ["--ablation"] * arguments.ablation + ["--few-shot"] * arguments.few_shot
+    if arguments.jobs != 1:
+        words += ["--jobs", str(arguments.jobs)]
+    return shlex.join(words)
+
+
+if __name__ == "__main__":
+    main()
