@@ -209,6 +209,16 @@ class FinetuneYoloConfig(TrainConfig):
         description="train on at most this many defective images of each class, and on all good "
         "ones (default: all)",
     )
+    freeze_text: bool = Field(
+        False,
+        description="keep what gives a prompt its meaning: prompts, text attention, and the head's "
+        "region embeddings and their comparison with the prompts stay as they are, the rest trains",
+    )
+    unseen_prompts: tuple[str, ...] = Field(
+        ("object", "metal part", "screw", "hole", "person"),
+        description="prompts that are not trained: what they find is reported beside what they "
+        "found before (none: no report); needs CLIP",
+    )
     offline: bool = Field(False, description="never download")
 
 

@@ -23,6 +23,7 @@ from pipeline.data.files import write_text
 from pipeline.data.masks import decode_rle
 from pipeline.data.paste import cut, paste
 from pipeline.models.ultralytics_settings import isolate, quiet
+from pipeline.models.yolo_world import text_layers
 
 isolate()
 
@@ -52,6 +53,8 @@ class PromptTrainer(DetectionTrainer):
 
     def get_model(self, cfg: Any = None, weights: Any = None, verbose: bool = True) -> Any:
         assert weights is not None, "training starts from the checkpoint that the stage wrote"
+        if self.data["freeze_text"]:
+            self.args.freeze = text_layers(weights)
         return weights.requires_grad_()  # a finished checkpoint comes frozen
 
     def _setup_train(self) -> None:

@@ -29,7 +29,7 @@ from pipeline.models.ultralytics_settings import isolate, quiet
 isolate()
 
 from ultralytics.data.augment import LetterBox
-from ultralytics.nn.modules import C2fAttn
+from ultralytics.nn.modules import C2fAttn, ImagePoolingAttn, WorldDetect
 from ultralytics.nn.tasks import DetectionModel, WorldModel, load_checkpoint
 from ultralytics.utils.nms import non_max_suppression
 from ultralytics.utils.ops import scale_boxes
@@ -41,6 +41,7 @@ EMBEDDING = 512  # length of a prompt embedding, that of CLIP ViT-B/32
 # 80 in official checkpoints. The number of classes it detects is that of its prompts.
 BUILT_FOR = 80
 SCALES = {16: "n", 32: "s", 48: "m", 64: "l", 80: "x"}  # by the channels of the first convolution
+LOGIT_SCALE = -1.0  # what the head's scale of similarities begins at, and training always moves
 NMS_IOU = 0.5  # of two boxes of a class that overlap more, the better one is kept
 
 
@@ -139,12 +140,10 @@ def set_prompts(
     Learned prompts keep what the model has if it was trained for the same classes; otherwise they
     start as random orthonormal vectors.
     """
-    known = dict(zip(model.names.values(), range(len(model.names)), strict=True))
-    trained = model.txt_feats.shape[1] == len(known) and all(name in known for name in classes)
     learned = embeddings is None
-    if embeddings is None and trained:
-        embeddings = model.txt_feats[0, [known[name] for name in classes]].float()
-    elif embeddings is None:
+    if embeddings is None:
+        embeddings = trained_prompts(model, classes)
+    if embeddings is None:
         generator = torch.Generator().manual_seed(seed)
         basis = torch.randn(EMBEDDING, len(classes), generator=generator)
         embeddings = torch.linalg.qr(basis).Q.T
@@ -156,6 +155,38 @@ def set_prompts(
     model.nc = model.model[-1].nc = len(classes)
     model.criterion = None  # an earlier loss counts the old classes
     return model
+
+
+def trained_prompts(model: WorldModel, classes: Sequence[str]) -> torch.Tensor | None:
+    """The embeddings (classes, 512) that the model has of its classes; None if it lacks any."""
+    known = dict(zip(model.names.values(), range(len(model.names)), strict=True))
+    if model.txt_feats.shape[1] != len(known) or not all(name in known for name in classes):
+        return None
+    return model.txt_feats[0, [known[name] for name in classes]].float()
+
+
+def text_layers(model: WorldModel) -> list[str]:
+    """The layers that give a prompt its meaning, such as `12.attn`: places in `model.model`.
+
+    By the paper a prompt is read in two places: the neck's attention (its equations 2 and 3), and
+    the head, which compares it with the embedding of a region (equation 1). The comparison is
+    worth no more than its two sides, so the branch that embeds regions in CLIP's space, `cv3`,
+    belongs to it: trained on the words of a few classes, it forgets where all others lie.
+    """
+    names = []
+    for index, layer in enumerate(model.model):
+        if isinstance(layer, C2fAttn):
+            names.append(f"{index}.attn")
+        elif isinstance(layer, ImagePoolingAttn):  # of YOLO-World v1
+            names.append(str(index))
+        elif isinstance(layer, WorldDetect):
+            names += [f"{index}.cv3", f"{index}.cv4"]
+    return names
+
+
+def has_trained_text(model: WorldModel) -> bool:
+    """Whether prompts ever had a meaning: not in a network that begins at random or as YOLOv8."""
+    return any(contrast.logit_scale.item() != LOGIT_SCALE for contrast in model.model[-1].cv4)
 
 
 def plain(model: WorldModel) -> WorldModel:

@@ -1,7 +1,8 @@
 """Fine-tune YOLO-World on a dataset.
 
 Output folder: weights/best.pt and weights/last.pt (Ultralytics checkpoints), best.safetensors (the
-best without pickles, in half precision), results.csv, curves, config.yaml, run.json.
+best without pickles, in half precision), results.csv, curves, open_vocabulary.json (what prompts
+that were not trained find before and after), config.yaml, run.json.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ from pipeline import record
 from pipeline.config import FinetuneYoloConfig
 from pipeline.data.augment import photometric
 from pipeline.data.dataset import Dataset, split_name
-from pipeline.data.files import write_text
+from pipeline.data.files import write_json, write_text
 from pipeline.errors import UserError
-from pipeline.models import text, yolo_world
-from pipeline.models.device import device_name, has_fast_bfloat16
+from pipeline.models import open_vocabulary, text, yolo_world
+from pipeline.models.device import device_name, has_fast_bfloat16, torch_device
 from pipeline.models.yolo_trainer import PromptTrainer, plot_curves
 
 COMMAND = "finetune-yolo"
@@ -42,10 +43,14 @@ def run(config: FinetuneYoloConfig) -> None:
         embeddings, kind = _prompt_embeddings(config, texts)
         torch.manual_seed(config.seed)  # what a starting point lacks begins at random
         model = yolo_world.load_model(config.model, offline=config.offline)
+        if config.freeze_text:
+            embeddings = _prompts_to_keep(model, dataset.classes, embeddings)
+            kind += ", kept as they are"
         model = yolo_world.set_prompts(model, dataset.classes, embeddings, config.seed)
         record.claim(config.out, config.force)
         record.write_config(config.out, COMMAND, config)
         best.unlink(missing_ok=True)  # of an earlier run
+        (config.out / open_vocabulary.REPORT).unlink(missing_ok=True)
         print(f"prompts: {kind}")
         prompts = {"embeddings": kind, "texts": dict(zip(dataset.classes, texts, strict=True))}
         write_text(config.out / "prompts.yaml", yaml.safe_dump(prompts, sort_keys=False))
@@ -57,8 +62,9 @@ def run(config: FinetuneYoloConfig) -> None:
     model = yolo_world.finish_checkpoint(best)
     yolo_world.finish_checkpoint(last)
     yolo_world.save_safetensors(model, best.with_suffix(".safetensors"), config.image_size)
-    start.unlink(missing_ok=True)
+    _report_open_vocabulary(config, dataset, start, model, device)
     record.write_record(config.out, COMMAND, config)
+    start.unlink()  # until here whoever resumes needs it for the report
     print(f"detector: {best}")
 
 
@@ -96,6 +102,64 @@ def _prompt_embeddings(
         return None, f"learned (not by CLIP: {error.problems[0]})"
 
 
+def _prompts_to_keep(
+    model: yolo_world.WorldModel, classes: tuple[str, ...], embeddings: torch.Tensor | None
+) -> torch.Tensor:
+    """CLIP's embeddings, or those that the model was trained with.
+
+    Raises `UserError` if prompts have no meaning yet that could be kept.
+    """
+    if not yolo_world.has_trained_text(model):
+        raise UserError(
+            "--freeze-text: expected a model whose text branch is trained, found one that begins "
+            "at random: nothing to keep"
+        )
+    kept = yolo_world.trained_prompts(model, classes) if embeddings is None else embeddings
+    if kept is None:
+        raise UserError(
+            "--freeze-text: expected prompts by CLIP, or a model trained for these classes, found "
+            "learned prompts that begin at random: nothing to keep"
+        )
+    return kept
+
+
+def _report_open_vocabulary(
+    config: FinetuneYoloConfig,
+    dataset: Dataset,
+    start: Path,
+    after: yolo_world.WorldModel,
+    device: str,
+) -> None:
+    """Report what prompts that were not trained find with the model, and found at its start.
+
+    Where that cannot be known, one line says why. The model is taken over.
+    """
+    trained = _texts(config, dataset.classes)
+    prompts = [prompt for prompt in config.unseen_prompts if prompt not in trained]
+    if not prompts:
+        return
+    before = yolo_world.load_model(str(start))
+    if not yolo_world.has_trained_text(before):
+        print("open vocabulary: none to lose, the text branch began at random")
+        return
+    try:  # whoever wants no CLIP for the training shall not download it for the report
+        offline = config.offline or config.text == "learned"
+        embeddings = text.clip_embeddings(prompts, offline=offline)
+    except UserError as error:
+        print(f"open vocabulary: not measured ({error.problems[0]})")
+        return
+    report = open_vocabulary.compare(
+        before,
+        after,
+        dict(zip(prompts, embeddings, strict=True)),
+        dataset.split("val", config.fold),
+        config.image_size,
+        torch_device(device.split(",")[0]),
+    )
+    write_json(config.out / open_vocabulary.REPORT, report)
+    open_vocabulary.show(report)
+
+
 def _training_options(
     config: FinetuneYoloConfig, dataset: Dataset, device: str
 ) -> dict[str, object]:
@@ -111,6 +175,7 @@ def _training_options(
         "free_pose": config.free_pose,
         "defective": config.defective,
         "shots": config.shots,
+        "freeze_text": config.freeze_text,
     }
     write_text(config.out / "data.yaml", yaml.safe_dump(data, sort_keys=False))
     weights = config.out.resolve() / "weights"
