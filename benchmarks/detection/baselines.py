@@ -80,6 +80,7 @@ def train_yolo_world(options: FinetuneYoloConfig) -> None:
         "free_pose": False,
         "defective": 0.0,
         "shots": None,
+        "freeze_text": False,
     }
     write_text(data, yaml.safe_dump(content, sort_keys=False))
     given = {"model": str(start), "data": str(data), **_given(options)}
