@@ -75,12 +75,6 @@ def train_yolo_world(options: FinetuneYoloConfig) -> None:
         **{part: f"{split_name(part, fold)}.txt" for part in ("train", "val")},
         "splits": {part: [part, fold] for part in ("train", "val")},
         "names": dict(enumerate(dataset.classes)),
-        # Nothing of what our own training adds.
-        "paste": 0.0,
-        "free_pose": False,
-        "defective": 0.0,
-        "shots": None,
-        "freeze_text": False,
     }
     write_text(data, yaml.safe_dump(content, sort_keys=False))
     given = {"model": str(start), "data": str(data), **_given(options)}

@@ -28,6 +28,9 @@ def summarise(metrics: Mapping[str, Any], timings: Sequence[Mapping[str, Any]]) 
     What the figures mean is in pipeline/stages/evaluate.py. Null stands for what is unknown.
     """
     seconds = [timing["seconds"] for timing in timings]
+    minutes = [None if s is None else round(s / 60, 1) for s in seconds]
+    known = [m for m in minutes if m is not None]
+    decision = metrics["image_decision"]["detector"]
     folds = metrics["folds"]
     row: dict[str, Any] = {
         "images": metrics["images"],
@@ -36,10 +39,13 @@ def summarise(metrics: Mapping[str, Any], timings: Sequence[Mapping[str, Any]]) 
         "recall_at_false_alarms": metrics["recall_at_false_alarms"],
         "false_alarms_per_good_image": metrics["good_images"]["false_alarms_per_image"],
         "errors": metrics["errors"],
+        "image_accuracy": decision["accuracy"],
+        "balanced_accuracy": decision["balanced_accuracy"],
         "image_decision": metrics["image_decision"],
         "map50_per_fold": None if folds is None else [fold["box"]["map50"] for fold in folds],
-        "minutes_per_fold": [None if s is None else round(s / 60, 1) for s in seconds],
-        "threads_per_fold": [timing["threads"] for timing in timings],
+        "minutes_per_fold": round(sum(known) / len(known), 1) if known else None,
+        "minutes": minutes,
+        "threads": [timing["threads"] for timing in timings],
     }
     intervals = {_renamed(key): bounds for key, bounds in metrics["intervals"].items()}
     row["intervals"] = {k: v for k, v in intervals.items() if k.split(".")[0] in row}
@@ -90,8 +96,8 @@ def show(summary: Mapping[str, Mapping[str, Any]]) -> None:
         shown = [_number(value) for value in figures]
         if "map50" in row["intervals"]:
             shown[1] = "–".join(map(_number, row["intervals"]["map50"]))
-        known = [minutes for minutes in row["minutes_per_fold"] if minutes is not None]
-        shown.append(f"{sum(known) / len(known):.1f}" if known else "–")
+        minutes = row["minutes_per_fold"]
+        shown.append("–" if minutes is None else f"{minutes:.1f}")
         table.add_row(name, *shown)
     table.add_section()
     others = {  # of equal images they are equal in each row

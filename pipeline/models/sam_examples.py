@@ -71,10 +71,10 @@ def make_decoy(
     SAM learns from it that a mask can be worth nothing. Raises `ValueError` for pictures of two
     sizes, whose places do not correspond.
     """
-    image = _image(good)
-    if image.shape[:2] != like.mask.shape:
+    image, mask = _image(good), like.mask
+    if image.shape[:2] != mask.shape:
         raise ValueError(f"expected pictures of one size, found {good.path}, {like.sample.path}")
-    image, mask = _varied(image, like.mask, free_pose, rng)
+    image, mask = _varied(image, mask, free_pose, rng)
     return _framed(sam, image, np.zeros_like(mask), np.array(box_of(mask), float), zoom, rng)
 
 

@@ -38,7 +38,9 @@ class PromptTrainer(DetectionTrainer):
     """Trains a `PromptedWorldModel` as it comes from its checkpoint.
 
     Ultralytics' own WorldTrainer asks CLIP for the class names in every run; here the prompts are
-    part of the model.
+    part of the model. The data file names our dataset's `splits`; it may also have `paste`,
+    `free_pose`, `defective`, `shots` and `freeze_text`, which are those of `FinetuneYoloConfig`.
+    Without them all is as Ultralytics does it.
     """
 
     balance: BalancedSampler | None = None  # of the training images
@@ -53,7 +55,7 @@ class PromptTrainer(DetectionTrainer):
 
     def get_model(self, cfg: Any = None, weights: Any = None, verbose: bool = True) -> Any:
         assert weights is not None, "training starts from the checkpoint that the stage wrote"
-        if self.data["freeze_text"]:
+        if self.data.get("freeze_text"):
             self.args.freeze = text_layers(weights)
         return weights.requires_grad_()  # a finished checkpoint comes frozen
 
@@ -99,7 +101,7 @@ class PromptTrainer(DetectionTrainer):
     ) -> Any:
         loader = super().get_dataloader(dataset_path, batch_size, rank, mode)
         labels = [sample.label for sample in self._samples(mode)]
-        share = self.data["defective"]
+        share = self.data.get("defective")
         if mode == "train" and share and min(labels) < 0 <= max(labels):
             self.balance = BalancedSampler(labels, share, self.args.seed)
             # A loader's sampler cannot be exchanged, and Ultralytics takes none: so exchange it
@@ -109,7 +111,7 @@ class PromptTrainer(DetectionTrainer):
 
     def _samples(self, mode: str) -> list[Sample]:
         samples = Dataset(Path(self.data["path"])).split(*self.data["splits"][mode])
-        shots = self.data["shots"] if mode == "train" else None
+        shots = self.data.get("shots") if mode == "train" else None
         return samples if shots is None else few_shot(samples, shots, self.args.seed)
 
     def build_dataset(
@@ -120,7 +122,7 @@ class PromptTrainer(DetectionTrainer):
         options.deterministic = False  # or it warns of the cache, whose order is in truth fixed
         return CocoTruthDataset(
             samples=samples,
-            paste=self.data["paste"] if mode == "train" else 0.0,
+            paste=self.data.get("paste", 0.0) if mode == "train" else 0.0,
             img_path=img_path,
             imgsz=self.args.imgsz,
             batch_size=batch,
@@ -237,7 +239,7 @@ class CocoTruthDataset(YOLODataset):
         if self._cuttings and not len(label["cls"]) and np.random.random() < self._paste:
             rng = np.random.default_rng(np.random.randint(2**32, dtype=np.uint32))
             label["img"], pasted = paste(
-                label["img"], self._cuttings, rng, free_pose=self.data["free_pose"]
+                label["img"], self._cuttings, rng, free_pose=self.data.get("free_pose", False)
             )
             if pasted.class_id is not None and len(pasted):
                 height, width = label["img"].shape[:2]
