@@ -323,6 +323,11 @@ class SegmentConfig(StageConfig):
         description="remove islands and fill holes of fewer pixels than this; the largest island "
         "always stays",
     )
+    fit_boxes: bool = Field(
+        True,
+        description="replace every box but a true one by the smallest box of its mask, if the two "
+        "overlap well (IoU 0.5)",
+    )
     masks: bool = Field(False, description="also write one mask PNG per image")
     review_below: Fraction | None = Field(
         None, description="list the masks under this quality in review.csv, worst first"

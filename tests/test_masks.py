@@ -91,6 +91,16 @@ def test_our_own_run_lengths_are_some(mask: np.ndarray) -> None:
     assert not masks.is_rle(masks.encode_rle(mask), (mask.shape[0] + 1, mask.shape[1]))
 
 
+def test_fitted_boxes_by_hand() -> None:
+    """Of a mask in the box, of half a box, of less than half, and of nothing."""
+    boxes = np.array([(2.3, 2.6, 9.8, 9.9), (0, 0, 10, 10), (0, 0, 10, 10), (1, 1, 4, 4)])
+    inside = [(3, 3, 9, 10), (0, 0, 5, 10), (0, 0, 5, 9), None]
+    drawn = [np.zeros((12, 12), bool) if box is None else filled(box, 12, 12) for box in inside]
+    fitted = masks.fitted_boxes(np.stack(drawn), boxes)
+    expected = [(3, 3, 9, 10), (0, 0, 5, 10), (0, 0, 10, 10), (1, 1, 4, 4)]
+    np.testing.assert_array_equal(fitted, np.array(expected, np.float32))
+
+
 @given(ANY_MASK, st.integers(0, 30))
 def test_components_partition_the_mask(mask: np.ndarray, min_area: int) -> None:
     parts, joined = masks.components(mask, min_area)

@@ -401,7 +401,7 @@ def test_boxes_of_a_detector(
 
     path = detector(*classes)
     options: dict[str, Any] = {"min_score": 0, "max_boxes": 60, "splits": ("test",)}
-    results = run(dataset, tmp_path / "out", path, **options)
+    results = run(dataset, tmp_path / "out", path, fit_boxes=False, **options)
     alone = yolo_world.Detector(yolo_world.load_model(path), None, torch.device("cpu"))
     expected = []
     for image_id, name in ((3, "stain__002.png"), (4, "good__003.png"), (5, "stain__004.png")):
@@ -424,6 +424,19 @@ def test_a_detector_of_other_classes(
     with pytest.raises(UserError, match="expected a detector of scratch, stain, found one of"):
         run(dataset, tmp_path / "out", path)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("fit", "expected"), [(True, [3, 4, 9, 9]), (False, [3.5, 4.25, 8.75, 9.5])]
+)
+def test_boxes_are_fitted_to_their_masks(
+    dataset: Path, tmp_path: Path, box_filler: list[str], fit: bool, expected: list[float]
+) -> None:
+    """Here a mask is its box without the fractions; the box of the file is not a whole number."""
+    given = [{"image_id": 3, "category_id": 1, "bbox": [3.5, 4.25, 8.75, 9.5], "score": 0.5}]
+    path = boxes_file(tmp_path / "given", given)
+    results = run(dataset, tmp_path / "out", path, fit_boxes=fit)
+    assert [e["bbox"] for e in results] == [expected]
 
 
 # ---- Sources ---------------------------------------------------------------------------------

@@ -167,7 +167,7 @@ def _detected_boxes(
 
 
 def _tidy(found: sv.Detections, config: SegmentConfig) -> None:
-    """Change the masks as `clean_below` and, after it, `overlaps` ask for."""
+    """Change masks and boxes as `clean_below`, `overlaps` and `fit_boxes` ask, in that order."""
     if found.mask is None:
         return
     if config.clean_below:
@@ -176,6 +176,8 @@ def _tidy(found: sv.Detections, config: SegmentConfig) -> None:
         found.mask = masks.resolve_overlaps(
             np.asarray(found.mask), np.asarray(found.class_id), np.asarray(found.confidence)
         )
+    if config.fit_boxes and config.boxes != "truth":
+        found.xyxy = masks.fitted_boxes(np.asarray(found.mask), found.xyxy)
 
 
 def _write_mask(path: Path, found: sv.Detections, shape: tuple[int, int]) -> None:
