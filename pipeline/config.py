@@ -186,13 +186,12 @@ class FinetuneYoloConfig(TrainConfig):
     text: Literal["auto", "clip", "learned"] = Field(
         "auto", description="prompt embeddings: from CLIP, learned, or CLIP where it can be had"
     )
-    epochs: Epochs = 100
-    patience: Patience = 30
-    lr: LearningRate = 2e-3
-    image_size: PositiveInt = Field(640, description="longest side the detector sees, in pixels")
+    epochs: Epochs = 20
+    lr: LearningRate = 5e-4
+    image_size: PositiveInt = Field(416, description="longest side the detector sees, in pixels")
     augment: bool = Field(True, description="augment the training images")
     paste: Fraction = Field(
-        0.0,
+        0.5,
         description="part of the good training images that get defects of other training images "
         "pasted on them, if images are augmented",
     )
@@ -200,7 +199,7 @@ class FinetuneYoloConfig(TrainConfig):
         False, description="parts lie at any angle: paste defects anywhere they fit, turned at will"
     )
     defective: Fraction = Field(
-        0.0,
+        0.5,
         description="part of an epoch that shows defective images, each class as often as any "
         "other (0: every image once)",
     )

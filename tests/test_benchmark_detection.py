@@ -29,7 +29,7 @@ from ultralytics.utils import DEFAULT_CFG_DICT  # isort: skip
 
 SIDE = 64
 CLASSIFIER = "efficientnet-lite0 (ImageNet)"
-REAL_CONFIG = benchmark.CONFIG
+REAL_CONFIG, REAL_PRETRAIN = benchmark.CONFIG, benchmark.PRETRAIN
 IN_A_PROCESS = subprocess.run
 CLASSES = ("scratch", "stain")
 CONFIG: dict[str, Any] = {
@@ -44,7 +44,13 @@ CONFIG: dict[str, Any] = {
         "device": "cpu",
         "offline": True,
     },
-    "finetune_sam": {"model": "sam-lite"},
+    "finetune_sam": {
+        "model": "sam-lite",
+        "epochs": 1,
+        "repeats": 1,
+        "device": "cpu",
+        "offline": True,
+    },
     "finetune_classifier": {
         "small": {
             "model": "efficientnet-lite0",
@@ -55,8 +61,13 @@ CONFIG: dict[str, Any] = {
             "offline": True,
         }
     },
-    "segment": {"min_score": 0.0, "max_boxes": 3, "device": "cpu"},
+    "segment": {"min_score": 0.0, "max_boxes": 2, "flip": False, "device": "cpu"},
     "evaluate": {"resamples": 10},
+}
+PRETRAIN: dict[str, Any] = {
+    "synth": {"train_good": 2, "test_good": 2, "per_defect": 2, "size": SIDE},
+    "convert": {"fractions": [0.5, 0.3, 0.2]},
+    "finetune_yolo": CONFIG["finetune_yolo"],
 }
 
 
@@ -117,12 +128,15 @@ def calls(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
     def without_plots(overrides: dict[str, Any]) -> PromptTrainer:
         return PromptTrainer(overrides=overrides | {"plots": False})
 
-    config = tmp_path_factory.mktemp("config") / "small.yaml"
+    folder = tmp_path_factory.mktemp("config")
+    config, pretrain = folder / "small.yaml", folder / "pretrain.yaml"
     config.write_text(yaml.safe_dump(CONFIG))
+    pretrain.write_text(yaml.safe_dump(PRETRAIN))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(benchmark, "CONFIG", config)
+        patch.setattr(benchmark, "PRETRAIN", pretrain)
         patch.setattr(finetune_yolo, "PromptTrainer", without_plots)
         patch.setattr(subprocess, "run", in_this_process)
         yield names
@@ -170,10 +184,10 @@ def test_every_row_has_the_figures_of_its_evaluation(results: dict[str, Any], wo
 
 
 @pytest.mark.timeout(300)
-def test_classifiers_and_dataset_are_shared(
+def test_what_rows_have_in_common_is_made_once(
     results: dict[str, Any], calls: list[str], work: Path
 ) -> None:
-    trained = [call for call in calls[:14] if not call.startswith("evaluate")]
+    trained = [c for c in calls[:23] if not c.startswith(("evaluate", "segment"))]
     expected = {
         f"{name} fold{fold}/{out}"
         for fold in range(2)
@@ -184,10 +198,12 @@ def test_classifiers_and_dataset_are_shared(
             ("finetune-classifier", "small"),
         )
     }
-    assert set(trained) == expected and len(trained) == 10
+    expected |= {f"finetune-sam segmenters/fold{fold}" for fold in range(2)}
+    rendered = {"synth": "mvtec", "convert": "dataset", "finetune-yolo": "detector"}
+    expected |= {f"{name} pretrained/{out}" for name, out in rendered.items()}
+    assert set(trained) == expected and len(trained) == 15
     decisions = [row["image_decision"] for row in results["summary"].values()]
     assert all(d[CLASSIFIER] == decisions[0][CLASSIFIER] for d in decisions)
-    assert not list(work.rglob("sam.safetensors"))
 
 
 @pytest.mark.timeout(300)
@@ -203,21 +219,22 @@ def test_baselines_are_trained_by_ultralytics_defaults(
     used = yaml.safe_load((out / "training" / "args.yaml").read_text())
     assert {key for key in used if used[key] != DEFAULT_CFG_DICT.get(key)} <= told
     assert (used["epochs"], used["imgsz"]) == (1, SIDE)
-    model = torch.load(out / "weights" / "best.pt", weights_only=False)["model"]
+    model = torch.load(out / "detector.pt", weights_only=False)["model"]
     expected = {"yolov8n_default": "DetectionModel", "yolo_world_default": "WorldModel"}
     assert type(model).__name__ == expected[method]
     assert tuple(model.names.values()) == CLASSES
 
 
 @pytest.mark.timeout(300)
-def test_the_boxes_are_those_of_segment(
+def test_boxes_of_baselines_are_what_segment_shows_to_sam(
     results: dict[str, Any], work: Path, tmp_path: Path, sam: str
 ) -> None:
-    out = work / "ours" / "fold0"
+    out = work / "yolo_world_default" / "fold0"
     cli.main([
         "segment", "--source", str(work / "dataset"), "--fold", "0", "--splits", "val",
-        "--boxes", str(out / "detector" / "weights" / "best.pt"), "--sam", sam, "--no-flip",
-        "--min-score", "0", "--max-boxes", "3", "--device", "cpu", "--out", str(tmp_path / "x"),
+        "--boxes", str(out / "detector" / "detector.pt"), "--sam", sam, "--no-flip",
+        "--no-fit-boxes", "--min-score", "0", "--max-boxes", "2", "--device", "cpu",
+        "--out", str(tmp_path / "x"),
     ])  # fmt: skip
     theirs = read_json(tmp_path / "x" / "predictions.json")
     shown = [sample.image_id for sample in Dataset(work / "dataset").split("val", 0)]
@@ -257,6 +274,7 @@ def test_a_second_call_does_what_is_missing(
 def real_config(monkeypatch: pytest.MonkeyPatch) -> None:
     """Not the small one."""
     monkeypatch.setattr(benchmark, "CONFIG", REAL_CONFIG)
+    monkeypatch.setattr(benchmark, "PRETRAIN", REAL_PRETRAIN)
 
 
 def asked(*options: str) -> Any:
@@ -268,19 +286,45 @@ def test_ablations_and_shots_change_ours_alone_where_they_say() -> None:
     arguments = asked("--checkpoint", "yolov8n.pt", "--ablation", "--few-shot")
     chosen = benchmark.methods(arguments)
     assert chosen == [*benchmark.METHODS, *benchmark.ABLATION, *benchmark.FEW_SHOT]
-    ours = benchmark.planned(arguments, "ours", "all").of("finetune-yolo")
-    assert len(ours) == 5 and ours[0].model_dump()["model"] == "yolov8n.pt"
-    for method, changes in benchmark.CHANGES.items():
-        row = benchmark.planned(arguments, method, "all")
-        for stage, own in zip(row.of("finetune-yolo"), ours, strict=True):
-            options, before = stage.model_dump(), own.model_dump()
-            changed = {key for key in options if options[key] != before[key]}
-            assert changed <= {"out"} | {key.removeprefix("finetune_yolo.") for key in changes}
-            for key, value in changes.items():
-                assert options[key.removeprefix("finetune_yolo.")] == value
     assert {"few_shot/1", "few_shot/2", "few_shot/4", "few_shot/8"} <= set(chosen)
-    shipped = benchmark.planned(asked(), benchmark.SHIPPED, "all").of("finetune-yolo")
-    assert shipped[0].model_dump()["model"] == "yolo-world-n"
+
+    def flat(method: str) -> dict[str, Any]:
+        """The options of the first fold's stages, by the dotted key, without paths of results."""
+        stages = benchmark.planned(arguments, method, "all").stages
+        options = {
+            f"{name.replace('-', '_')}.{key}": value
+            for name, stage in reversed(stages)
+            for key, value in stage.model_dump().items()
+        }
+        paths = (".out", ".boxes", ".predictions", ".truth_boxes", "finetune_yolo.model")
+        return {key: value for key, value in options.items() if not key.endswith(paths)}
+
+    ours = flat("ours")
+    for method, changes in benchmark.CHANGES.items():
+        found = flat(method)
+        assert {key: found[key] for key in found if found[key] != ours[key]} == changes
+
+
+@pytest.mark.usefixtures("real_config")
+def test_where_detectors_start() -> None:
+    arguments = asked("--checkpoint", "yolov8n.pt")
+
+    def start(method: str) -> Any:
+        (found,) = {s.model_dump()["model"] for s in row(method).of("finetune-yolo")}
+        return found
+
+    def row(method: str) -> benchmark.Row:
+        return benchmark.planned(arguments, method, "all")
+
+    *_, (_, pretrained) = benchmark.pretraining(arguments)
+    assert pretrained.model_dump()["model"] == "yolov8n.pt"
+    detector = str(pretrained.out / "detector.pt")
+    assert start("ours") == start("few_shot/1") == start("ablation/no_pasting") == detector
+    assert start(benchmark.NOT_PRETRAINED) == start("yolov8n_default") == "yolov8n.pt"
+    assert start(benchmark.SHIPPED) == "yolo-world-n"
+    # What a change leaves as it is, is not trained again.
+    same = row("ablation/boxes_not_fitted").of("finetune-yolo")
+    assert [stage.out for stage in same] == [stage.out for stage in row("ours").of("finetune-yolo")]
 
 
 def test_methods_are_measured_in_one_order() -> None:
@@ -338,9 +382,13 @@ def test_figures_without_truth_or_intervals(tmp_path: Path) -> None:
         "intervals": {"box.map50": [0, 1], "mask.map50": [0, 1], "box.ap_per_class.stain": [0, 1]},
     }
     row = figures.summarise(
-        metrics, [{"seconds": 90.0, "threads": 2}, {"seconds": None, "threads": 1}]
+        metrics,
+        [
+            [{"seconds": 90.0, "threads": 2}, {"seconds": 30.0, "threads": 2}],
+            [{"seconds": 60.0, "threads": 1}, {"seconds": None, "threads": 1}],
+        ],
     )
-    assert (row["minutes"], row["minutes_per_fold"]) == ([1.5, None], 1.5)
+    assert (row["minutes"], row["minutes_per_fold"]) == ([2.0, None], 2.0)
     assert row["threads"] == [2, 1]
     assert row["intervals"] == {"map50": [0, 1]}
     figures.plot(tmp_path / "results.png", {"ours": row})

@@ -171,7 +171,7 @@ def test_flags_override_the_file(called: list[Any], tmp_path: Path) -> None:
     (settings,) = called
     assert (settings.epochs, settings.lr, settings.augment) == (5, 1e-3, True)
     assert settings.prompts == {"a": "x"}
-    assert settings.patience == 30  # the default
+    assert settings.image_size == 416  # the default
 
 
 @pytest.mark.parametrize(

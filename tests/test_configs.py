@@ -64,7 +64,9 @@ def test_what_is_promised_ships(monkeypatch: pytest.MonkeyPatch) -> None:
     assert transistor.finetune_sam["model"] == "mobile-sam"
 
 
-@pytest.mark.parametrize("name", ["demo", "leather", "transistor-offline", "transistor-5fold"])
+@pytest.mark.parametrize(
+    "name", ["demo", "leather", "pretrain-transistor", "transistor-offline", "transistor-5fold"]
+)
 def test_nothing_is_downloaded_offline(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = parse(ROOT / "configs" / f"{name}.yaml", monkeypatch)
     for _, stage in run_stage.plan(settings):

@@ -80,7 +80,6 @@ def options(dataset: Path, out: Path, **changes: Any) -> dict[str, Any]:
         "model": SCRATCH,
         "text": "learned",
         "epochs": 3,
-        "patience": 9,
         "batch": 4,
         "image_size": SIDE,
         "device": "cpu",
@@ -163,7 +162,7 @@ class Finished:
         assert done.returncode == 0, done.stdout + done.stderr
         self.log = done.stdout + done.stderr
         self.seen: list[tuple[str, str]] = [tuple(pair) for pair in json.loads(seen.read_text())]
-        self.best, self.last = (self.out / "weights" / name for name in ("best.pt", "last.pt"))
+        self.detector = self.out / "detector.pt"
 
 
 @pytest.fixture(scope="module")
@@ -171,18 +170,15 @@ def finished(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Finishe
     return Finished(tmp_path_factory.mktemp("finished"), dataset)
 
 
-WEIGHTS = {"best.pt", "best.safetensors", "last.pt"}
-
-
-def test_safetensors_hold_the_best_model(finished: Finished) -> None:
-    best = yolo_world.load_model(str(finished.best)).state_dict()
-    copy = yolo_world.load_model(str(finished.best.with_suffix(".safetensors"))).state_dict()
-    assert best.keys() == copy.keys()
-    assert all(torch.allclose(best[key].float(), copy[key].float(), atol=1e-3) for key in best)
+def test_safetensors_hold_the_same_model(finished: Finished) -> None:
+    model = yolo_world.load_model(str(finished.detector)).state_dict()
+    copy = yolo_world.load_model(str(finished.detector.with_suffix(".safetensors"))).state_dict()
+    assert model.keys() == copy.keys()
+    assert all(torch.allclose(model[key].float(), copy[key].float(), atol=1e-3) for key in model)
 
 
 def test_output(finished: Finished) -> None:
-    assert {path.name for path in (finished.out / "weights").iterdir()} == WEIGHTS
+    assert not (finished.out / "weights").exists(), "what serves to resume"
     assert epochs_in(finished.out / "results.csv") == [1, 2, 3]
     for name in ("results.png", "BoxPR_curve.png", "confusion_matrix.png", "train_batch0.jpg"):
         assert cv2.imread(str(finished.out / name)) is not None, name
@@ -247,17 +243,17 @@ print(json.dumps([found.names, found.boxes.data.tolist()]))
 """
 
 
-def test_best_is_a_plain_checkpoint(finished: Finished, tmp_path: Path) -> None:
+def test_detector_is_a_plain_checkpoint(finished: Finished, tmp_path: Path) -> None:
     sample = Dataset(finished.dataset).split("test")[0]
     scene = cv2.resize(sample.image(), (150, 100))  # to be scaled and padded
     cv2.imwrite(str(tmp_path / "scene.png"), scene)
     detector = yolo_world.Detector(
-        yolo_world.load_model(str(finished.best)), None, torch.device("cpu")
+        yolo_world.load_model(str(finished.detector)), None, torch.device("cpu")
     )
     assert detector.image_size == SIDE
     found = detector.detect(scene, min_score=1e-9, max_boxes=9)
     assert len(found) > 2
-    arguments = [finished.best, tmp_path / "scene.png", 1e-9, yolo_world.NMS_IOU, SIDE]
+    arguments = [finished.detector, tmp_path / "scene.png", 1e-9, yolo_world.NMS_IOU, SIDE]
     done = subprocess.run(
         [sys.executable, "-c", FOREIGN, *map(str, arguments)],
         cwd=tmp_path, capture_output=True, text=True, timeout=100,
@@ -274,8 +270,8 @@ def test_best_is_a_plain_checkpoint(finished: Finished, tmp_path: Path) -> None:
 
 def test_prompts_were_trained(finished: Finished) -> None:
     start = yolo_world.set_prompts(yolo_world.load_model(SCRATCH), CLASSES, None, seed=0)
-    assert tensors(finished.last)["txt_feats"].shape == (1, 2, 512)
-    assert (tensors(finished.last)["txt_feats"].float() - start.txt_feats).abs().max() > 1e-4
+    assert tensors(finished.detector)["txt_feats"].shape == (1, 2, 512)
+    assert (tensors(finished.detector)["txt_feats"].float() - start.txt_feats).abs().max() > 1e-4
 
 
 @pytest.fixture
@@ -291,18 +287,17 @@ def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("no_plots")
 def test_same_seed_same_weights(finished: Finished, tmp_path: Path) -> None:
     finetune_yolo.run(config(finished.dataset, tmp_path / "same"))
-    assert equal(tmp_path / "same" / "weights" / "last.pt", finished.last)
-    assert equal(tmp_path / "same" / "weights" / "best.pt", finished.best)
+    assert equal(tmp_path / "same" / "detector.pt", finished.detector)
 
 
 @pytest.mark.usefixtures("no_plots")
 def test_another_seed_is_another_training(finished: Finished, tmp_path: Path) -> None:
     """And one that starts from a trained checkpoint, without augmentation, without warnings."""
     out = tmp_path / "other"
-    changes = {"model": str(finished.best), "seed": 1, "epochs": 1, "augment": False}
+    changes = {"model": str(finished.detector), "seed": 1, "epochs": 1, "augment": False}
     finetune_yolo.run(config(finished.dataset, out, **changes))
     assert epochs_in(out / "results.csv") == [1]
-    assert not equal(out / "weights" / "last.pt", finished.last)
+    assert not equal(out / "detector.pt", finished.detector)
 
 
 # ---------------------------------------------------------------- interrupted and resumed
@@ -336,7 +331,7 @@ def dies(function: Callable[..., Any], *, at: int, after: bool = False) -> Calla
         (PromptTrainer, "save_model", 1, True, False),  # between two epochs
         (PromptTrainer, "save_model", 2, False, False),  # in the log, but not saved
         (PromptTrainer, "final_eval", 1, False, True),  # trained, but not finished
-        (yolo_world, "finish_checkpoint", 2, False, True),  # best.pt finished, last.pt not
+        (yolo_world, "save_safetensors", 1, False, True),  # with a detector.pt
     ],
 )
 def test_resume_after_a_kill(
@@ -355,16 +350,17 @@ def test_resume_after_a_kill(
         finetune_yolo.run(config(finished.dataset, out))
     assert (out / "weights" / "last.pt").is_file()
     assert not (out / "run.json").exists()
+    with pytest.raises(UserError, match=r"^--resume: expected the options .* found others"):
+        finetune_yolo.run(config(finished.dataset, out, resume=True, epochs=4))
     resumed = config(finished.dataset, out, resume=True)
     assert record.can_resume("finetune-yolo", resumed)
     finetune_yolo.run(resumed)
     assert epochs_in(out / "results.csv") == [1, 2, 3]
-    assert {path.name for path in (out / "weights").iterdir()} == WEIGHTS
+    assert not (out / "weights").exists()
     assert (out / "run.json").is_file()
-    for checkpoint in ("best.pt", "last.pt"):
-        model = torch.load(out / "weights" / checkpoint, weights_only=False)["model"]
-        assert type(model) is yolo_world.WorldModel
-    assert equal(out / "weights" / "last.pt", finished.last) == same_weights
+    model = torch.load(out / "detector.pt", weights_only=False)["model"]
+    assert type(model) is yolo_world.WorldModel
+    assert equal(out / "detector.pt", finished.detector) == same_weights
     assert (out / "results.png").is_file() == same_weights  # others were told to make no plots
 
 
@@ -385,32 +381,10 @@ def test_checkpoints_are_never_half_written(tmp_path: Path) -> None:
     assert (tmp_path / "last.pt").read_bytes() == (tmp_path / "best.pt").read_bytes() == b"whole"
 
 
-@pytest.mark.usefixtures("no_plots")
-def test_patience(finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Worse from the first epoch on: three epochs, and the first is the best. Also when resumed."""
-    validate = PromptTrainer.validate
-
-    def ever_worse(self: Any) -> tuple[Any, float]:
-        metrics, _ = validate(self)
-        self.best_fitness = 0.5
-        return metrics, 0.5 / (1 + self.epoch)
-
-    out = tmp_path / "out"
-    monkeypatch.setattr(PromptTrainer, "validate", ever_worse)
-    changes = {"epochs": 30, "patience": 2}
-    with monkeypatch.context() as context, pytest.raises(Killed):
-        context.setattr(yolo_world, "finish_checkpoint", dies(print, at=1))
-        finetune_yolo.run(config(finished.dataset, out, **changes))
-    finetune_yolo.run(config(finished.dataset, out, **changes, resume=True))
-    assert epochs_in(out / "results.csv") == [1, 2, 3]
-    assert not equal(out / "weights" / "best.pt", out / "weights" / "last.pt")
-
-
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
-        ({}, "found others, or a finished run"),
-        ({"epochs": 4}, "found others, or a finished run"),
+        ({}, "expected an interrupted run, found that .* is done"),
         ({"out": "elsewhere"}, "expected a checkpoint at elsewhere"),
     ],
 )
@@ -790,7 +764,7 @@ def test_fewer_shots_are_a_part_of_more_and_good_images_stay() -> None:
 def test_training_sees_so_many_shots(
     dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    given = config(dataset, tmp_path, shots=1)
+    given = config(dataset, tmp_path, shots=1, defective=0.0)
     trainer = PromptTrainer(overrides=begin(monkeypatch, given) | {"workers": 0})
     loader = trainer.get_dataloader("", batch_size=4, rank=-1)
     labels = {str(s.path): s.label for s in Dataset(dataset).split("train")}
@@ -849,7 +823,6 @@ def test_several_gpus_through_the_script_of_ultralytics(
     finetune_yolo.run(config(finished.dataset, out, device="0,1"))
     assert len(ran) == 1
     assert epochs_in(out / "results.csv") == [1, 2, 3]
-    assert equal(out / "weights" / "last.pt", finished.last)
-    assert type(torch.load(out / "weights" / "best.pt", weights_only=False)["model"]) is (
-        yolo_world.WorldModel
-    )
+    assert equal(out / "detector.pt", finished.detector)
+    model = torch.load(out / "detector.pt", weights_only=False)["model"]
+    assert type(model) is yolo_world.WorldModel

@@ -22,7 +22,7 @@ from pipeline.data.files import atomic_folder, read_json, write_json, write_text
 from pipeline.errors import UserError
 from pipeline.stages import run as run_stage
 
-WEIGHTS = {"finetune-yolo": "weights/best.pt", "finetune-sam": "sam.safetensors"}
+WEIGHTS = {"finetune-yolo": "detector.pt", "finetune-sam": "sam.safetensors"}
 CHECKPOINT = {"finetune-yolo": "weights/last.pt"}
 EPOCHS = 3
 FOLDS = 2
@@ -193,7 +193,7 @@ def test_stages_are_linked_by_their_folders(tmp_path: Path) -> None:
         assert (stages[name].source, stages[name].fold) == (stages["dataset"].out, 2)
         assert stages[name].sam == str(stages["segmenter"].out / "sam.safetensors")
     assert stages["detector"].model == "start.pt"
-    assert stages["predictions"].boxes == str(stages["detector"].out / "weights" / "best.pt")
+    assert stages["predictions"].boxes == str(stages["detector"].out / "detector.pt")
     assert stages["predictions"].splits == ("val", "test")
     assert (stages["truth_boxes"].boxes, stages["truth_boxes"].splits) == ("truth", ("test",))
     evaluation, review = stages["evaluation"], stages["review.mp4"]
@@ -219,7 +219,7 @@ def test_links_follow_a_folder_that_is_given(tmp_path: Path) -> None:
     stages: dict[str, Any] = {stage.out.name: stage for _, stage in plan}
     assert stages["convert"].source == elsewhere / "synth"
     assert stages["finetune_yolo"].data == elsewhere / "convert"
-    assert stages["segment"].boxes == str(elsewhere / "finetune_yolo" / "weights" / "best.pt")
+    assert stages["segment"].boxes == str(elsewhere / "finetune_yolo" / "detector.pt")
     assert stages["segment"].sam == str(elsewhere / "finetune_sam" / "sam.safetensors")
     assert stages["evaluate"].predictions == elsewhere / "segment"
     assert stages["evaluate"].classifiers == (elsewhere / "one",)
@@ -445,7 +445,7 @@ def test_all_folds_have_stages_of_their_own_and_one_evaluation(tmp_path: Path) -
         assert [stage.fold for stage in of_fold] == [k] * len(OF_A_FOLD)
         detector, predictions = stages[f"fold{k}/detector"], stages[f"fold{k}/predictions"]
         assert detector.model == "start.pt"
-        assert predictions.boxes == str(detector.out / "weights" / "best.pt")
+        assert predictions.boxes == str(detector.out / "detector.pt")
         assert predictions.sam == str(tmp_path / f"fold{k}" / "segmenter" / "sam.safetensors")
     evaluation, review = stages["evaluation"], stages["review.mp4"]
     assert (evaluation.fold, review.fold) == ("all", "all")
@@ -548,7 +548,7 @@ def test_folders_that_are_given_can_have_the_number_of_the_fold(tmp_path: Path) 
     detectors = [s for s in stages if s.out.name == "detector"]
     assert [s.out for s in detectors] == [tmp_path / str(k) / "detector" for k in range(FOLDS)]
     predictions = [s for s in stages if s.out.name == "predictions"]
-    assert [s.boxes for s in predictions] == [str(s.out / "weights" / "best.pt") for s in detectors]
+    assert [s.boxes for s in predictions] == [str(s.out / "detector.pt") for s in detectors]
 
 
 # Bad input

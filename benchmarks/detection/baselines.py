@@ -3,7 +3,7 @@
     python benchmarks/detection/baselines.py yolov8n_default --config FILE --force
 
 FILE has the options of `pipeline finetune-yolo`. Of these, data, fold, model, epochs, image_size,
-seed and device count; all else is Ultralytics' own default. Output folder: weights/best.pt,
+seed and device count; all else is Ultralytics' own default. Output folder: detector.pt,
 run.json, training/ (Ultralytics' own folder).
 """
 
@@ -26,8 +26,10 @@ from pipeline.data.files import write_text
 from pipeline.models import yolo_world
 from pipeline.models.device import device_name
 from pipeline.models.yolo_trainer import PromptTrainer
+from pipeline.stages.finetune_yolo import DETECTOR
 
 TRAINING = "training"
+BEST = Path(TRAINING, "weights", "best.pt")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -44,9 +46,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         out = options.out
         (out / "run.json").unlink(missing_ok=True)
         shutil.rmtree(out / TRAINING, ignore_errors=True)
-        (out / "weights").mkdir(parents=True, exist_ok=True)
+        out.mkdir(parents=True, exist_ok=True)
         BASELINES[arguments.method](options)
-        (out / TRAINING / "weights" / "best.pt").replace(out / "weights" / "best.pt")
         common.finish(out, arguments.method, options)
 
 
@@ -59,6 +60,7 @@ def train_yolov8n(options: FinetuneYoloConfig) -> None:
     # Ultralytics leaves one core idle; the times are compared, so all use as many.
     model.add_callback("on_train_start", lambda trainer: torch.set_num_threads(threads))
     model.train(data=str(options.data / f"fold{options.fold}.yaml"), **_given(options))
+    (options.out / BEST).replace(options.out / DETECTOR)
 
 
 def train_yolo_world(options: FinetuneYoloConfig) -> None:
@@ -79,7 +81,7 @@ def train_yolo_world(options: FinetuneYoloConfig) -> None:
     write_text(data, yaml.safe_dump(content, sort_keys=False))
     given = {"model": str(start), "data": str(data), **_given(options)}
     PromptTrainer(overrides=given).train()
-    yolo_world.finish_checkpoint(options.out / TRAINING / "weights" / "best.pt")
+    yolo_world.finish_checkpoint(options.out / BEST, options.out / DETECTOR)
     start.unlink()
 
 

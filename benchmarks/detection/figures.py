@@ -22,13 +22,14 @@ OURS = {  # keys that metrics.json has elsewhere
 }
 
 
-def summarise(metrics: Mapping[str, Any], timings: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """One row: figures of an evaluation's metrics.json, and the times of the detectors' trainings.
+def summarise(
+    metrics: Mapping[str, Any], timings: Sequence[Sequence[Mapping[str, Any]]]
+) -> dict[str, Any]:
+    """One row: figures of an evaluation's metrics.json, and the times of each fold's trainings.
 
     What the figures mean is in pipeline/stages/evaluate.py. Null stands for what is unknown.
     """
-    seconds = [timing["seconds"] for timing in timings]
-    minutes = [None if s is None else round(s / 60, 1) for s in seconds]
+    minutes = [_minutes([timing["seconds"] for timing in fold]) for fold in timings]
     known = [m for m in minutes if m is not None]
     decision = metrics["image_decision"]["detector"]
     folds = metrics["folds"]
@@ -45,11 +46,17 @@ def summarise(metrics: Mapping[str, Any], timings: Sequence[Mapping[str, Any]]) 
         "map50_per_fold": None if folds is None else [fold["box"]["map50"] for fold in folds],
         "minutes_per_fold": round(sum(known) / len(known), 1) if known else None,
         "minutes": minutes,
-        "threads": [timing["threads"] for timing in timings],
+        "threads": [fold[0]["threads"] for fold in timings],
     }
     intervals = {_renamed(key): bounds for key, bounds in metrics["intervals"].items()}
     row["intervals"] = {k: v for k, v in intervals.items() if k.split(".")[0] in row}
     return row
+
+
+def _minutes(seconds: Sequence[float | None]) -> float | None:
+    """The sum, if all are known."""
+    known = [s for s in seconds if s is not None]
+    return round(sum(known) / 60, 1) if len(known) == len(seconds) else None
 
 
 def _renamed(key: str) -> str:

@@ -10,6 +10,7 @@ folder, where everything finished is kept: a benchmark that is called again goes
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -28,20 +29,21 @@ from pipeline.errors import UserError
 from pipeline.models import yolo_world
 from pipeline.models.device import torch_device
 from pipeline.stages import run as runs
+from pipeline.stages.finetune_yolo import DETECTOR
 
 HERE = Path(__file__).parent
 CONFIG = HERE.parents[1] / "configs" / "transistor-5fold.yaml"
+PRETRAIN = CONFIG.with_name("pretrain-transistor.yaml")
 SHIPPED = "ours_from_shipped_weights"
+NOT_PRETRAINED = "ablation/no_rendered_images"
 METHODS = ("ours", SHIPPED, *BASELINES)
 # Options that differ from those of `ours`, by the name of the row.
 ABLATION: dict[str, dict[str, Any]] = {
-    "ablation/pasting": {"finetune_yolo.paste": 0.5},
-    "ablation/balancing": {"finetune_yolo.defective": 0.5},
-    "ablation/pasting_and_balancing": {
-        "finetune_yolo.paste": 0.5,
-        "finetune_yolo.defective": 0.5,
-    },
+    NOT_PRETRAINED: {},
+    "ablation/no_pasting": {"finetune_yolo.paste": 0.0},
+    "ablation/no_balancing": {"finetune_yolo.defective": 0.0},
     "ablation/no_augmentation": {"finetune_yolo.augment": False},
+    "ablation/boxes_not_fitted": {"segment.fit_boxes": False},
 }
 FEW_SHOT: dict[str, dict[str, Any]] = {
     f"few_shot/{shots}": {"finetune_yolo.shots": shots} for shots in (1, 2, 4, 8)
@@ -104,15 +106,20 @@ def run(arguments: argparse.Namespace) -> None:
     (convert,) = rows[0].of("convert")
     assert isinstance(convert, config.ConvertConfig)
     common.converted(convert)
+    if any(is_pretrained(method) for method in chosen):
+        for stage in pretraining(arguments):
+            common.run_stage(stage, os.cpu_count() or 1)
     common.run_stages(trainings(rows), arguments.jobs)
-    for row in rows:
-        find_boxes(row)
+    predict(rows, arguments.jobs)
     evaluations = [evaluation(row) for row in rows]
     common.run_stages([(common.pipeline("evaluate"), e) for e in evaluations], arguments.jobs)
     summary = {
         row.key: figures.summarise(
             read_json(evaluated.out / "metrics.json"),
-            [common.timing_of(stage.out) for stage in row.of("finetune-yolo")],
+            [
+                [common.timing_of(stage.out) for stage in stages]
+                for stages in zip(*(row.of(name) for name in trained(row)), strict=True)
+            ],
         )
         for row, evaluated in zip(rows, evaluations, strict=True)
     }
@@ -126,6 +133,7 @@ def run(arguments: argparse.Namespace) -> None:
             "config": f"configs/{CONFIG.name}",
             "checkpoint": None if given is None else {"name": given.name, "sha256": sha256(given)},
             "folds": arguments.folds or "all",
+            "pretraining_minutes": pretraining_minutes(arguments, chosen),
             "changes": {method: CHANGES[method] for method in chosen if method in CHANGES},
             "summary": summary,
         },
@@ -164,62 +172,107 @@ def check(arguments: argparse.Namespace, chosen: Sequence[str]) -> None:
 def planned(arguments: argparse.Namespace, method: str, fold: Fold) -> Row:
     """The stages of `pipeline run CONFIG`, with what the method changes.
 
-    Dataset and classifiers are the same for all methods. There is no segmenter: boxes do not depend
-    on it.
+    Dataset, segmenters and classifiers are the same for all methods, and the detectors for those
+    that do not change them. A baseline has no segmenter: its boxes stay as they are.
     """
     values = config.read_yaml(CONFIG)
-    work = arguments.work
+    work, changes = arguments.work, CHANGES.get(method, {})
     values |= {"out": work / method, "mvtec_root": arguments.mvtec_root, "fold": fold}
-    values |= {"finetune_sam": None}
     values["convert"]["out"] = work / "dataset"
+    values["finetune_sam"]["out"] = work / "segmenters" / f"fold{FOLD}"
+    if method in BASELINES:
+        values["finetune_sam"] = None
     for name, options in values.get("finetune_classifier", {}).items():
         options["out"] = work / "classifiers" / f"fold{FOLD}" / name
-    if method != SHIPPED:
+    if is_pretrained(method):
+        values["init"] = str(pretraining(arguments)[-1][1].out / DETECTOR)
+    elif method != SHIPPED:
         values["init"] = str(arguments.checkpoint)
-    for key, value in CHANGES.get(method, {}).items():
+    if changes and not any(key.startswith("finetune_yolo.") for key in changes):
+        values["finetune_yolo"]["out"] = work / "ours" / f"fold{FOLD}" / "detector"
+    for key, value in changes.items():
         section, option = key.split(".")
         values.setdefault(section, {})[option] = value
     settings = config.build(config.RunConfig, values, file=CONFIG)
     return Row(method, fold, runs.plan(settings))
 
 
+def is_pretrained(method: str) -> bool:
+    """Whether the checkpoint is shown rendered images before the row's own training."""
+    return method not in (SHIPPED, NOT_PRETRAINED, *BASELINES)
+
+
+def pretraining(arguments: argparse.Namespace) -> list[common.Stage]:
+    """What `pipeline run PRETRAIN --init CHECKPOINT` does until the detector is trained."""
+    values = config.read_yaml(PRETRAIN)
+    values |= {"out": arguments.work / "pretrained", "init": str(arguments.checkpoint)}
+    stages = runs.plan(config.build(config.RunConfig, values, file=PRETRAIN))
+    last = [name for name, _ in stages].index("finetune-yolo")
+    return [(common.pipeline(name), options) for name, options in stages[: last + 1]]
+
+
+def pretraining_minutes(arguments: argparse.Namespace, chosen: Sequence[str]) -> float | None:
+    """How long the detector was trained on rendered images, if that is known and was needed."""
+    if not any(is_pretrained(method) for method in chosen):
+        return None
+    seconds = common.timing_of(pretraining(arguments)[-1][1].out)["seconds"]
+    return None if seconds is None else round(seconds / 60, 1)
+
+
+def trained(row: Row) -> list[str]:
+    """The trainings that the boxes of a row come from."""
+    return ["finetune-yolo"] + ["finetune-sam"] * (row.method not in BASELINES)
+
+
 def trainings(rows: Sequence[Row]) -> list[common.Stage]:
-    """The detectors of all rows, and the classifiers, which rows share."""
+    """Those of all rows, and the classifiers: what rows share comes once."""
     found: dict[Path, common.Stage] = {}
     for row in rows:
-        ours = common.pipeline("finetune-yolo")
-        train = (str(HERE / "baselines.py"), row.method) if row.method in BASELINES else ours
-        found |= {stage.out: (train, stage) for stage in row.of("finetune-yolo")}
-        classify = common.pipeline("finetune-classifier")
-        found |= {stage.out: (classify, stage) for stage in row.of("finetune-classifier")}
+        for command in (*trained(row), "finetune-classifier"):
+            words = common.pipeline(command)
+            if command == "finetune-yolo" and row.method in BASELINES:
+                words = (str(HERE / "baselines.py"), row.method)
+            found |= {stage.out: (words, stage) for stage in row.of(command)}
     return list(found.values())
 
 
-def find_boxes(row: Row) -> None:
-    """The boxes that `pipeline segment` would find, without masks, where they are not there yet."""
+def predict(rows: Sequence[Row], jobs: int) -> None:
+    """The boxes that each row is measured by: those of `pipeline segment`, or of the detector."""
+    segmented: list[common.Stage] = []
+    for row in rows:
+        for options in row.of("segment"):
+            assert isinstance(options, SegmentConfig)
+            if options.boxes == "truth":
+                continue
+            if row.method in BASELINES:
+                find_boxes(options)
+            else:
+                segmented.append((common.pipeline("segment"), options))
+    common.run_stages(segmented, jobs)
+
+
+def find_boxes(options: SegmentConfig) -> None:
+    """The boxes that `pipeline segment` would show to SAM, where they are not there yet."""
     name = "boxes"
-    for options in row.of("segment"):
-        assert isinstance(options, SegmentConfig)
-        signature = record.signature(name, options)
-        if options.boxes == "truth" or record.is_complete(options.out, signature):
-            continue
-        print(f"{name} {options.out}", flush=True)
-        dataset, device = Dataset(options.source), torch_device(options.device)
-        model, _ = yolo_world.load_checkpoint(options.boxes)
-        detector = yolo_world.Detector(model, options.image_size, device)
-        results: list[dict[str, Any]] = []
-        images: list[dict[str, Any]] = []
-        for sample in (s for part in options.splits for s in dataset.split(part, options.fold)):
-            found = detector.detect(sample.image(), options.min_score, options.max_boxes)
-            results += coco_results(sample.image_id, found)
-            size = {"width": sample.width, "height": sample.height}
-            images.append({"id": sample.image_id, "file_name": sample.path.name, **size})
-        write_predictions(options.out, results, images, detector.classes)
-        common.finish(options.out, name, options)
+    if record.is_complete(options.out, record.signature(name, options)):
+        return
+    print(f"{name} {options.out}", flush=True)
+    dataset, device = Dataset(options.source), torch_device(options.device)
+    model, _ = yolo_world.load_checkpoint(options.boxes)
+    detector = yolo_world.Detector(model, options.image_size, device)
+    results: list[dict[str, Any]] = []
+    images: list[dict[str, Any]] = []
+    for sample in (s for part in options.splits for s in dataset.split(part, options.fold)):
+        found = detector.detect(sample.image(), options.min_score, options.max_boxes)
+        results += coco_results(sample.image_id, found)
+        size = {"width": sample.width, "height": sample.height}
+        images.append({"id": sample.image_id, "file_name": sample.path.name, **size})
+    write_predictions(options.out, results, images, detector.classes)
+    common.finish(options.out, name, options)
 
 
 def evaluation(row: Row) -> StageConfig:
-    """`pipeline evaluate` for a row; there are no masks from true boxes."""
+    """`pipeline evaluate` for a row, without masks from true boxes: benchmarks/masks has those."""
     return row.of("evaluate")[0].model_copy(update={"truth_boxes": None})
 
 

@@ -92,9 +92,9 @@ class PromptTrainer(DetectionTrainer):
         return saved
 
     def final_eval(self) -> None:
-        """Measure the best checkpoint. (Ultralytics also rewrites it here: the stage does that.)"""
+        """Measure the last epoch. (Ultralytics takes the best, and rewrites checkpoints here.)"""
         self.validator.args.plots = self.args.plots
-        self.metrics = self.validator(model=self.best)
+        self.metrics = self.validator(model=self.last)
 
     def get_dataloader(
         self, dataset_path: str, batch_size: int = 16, rank: int = 0, mode: str = "train"

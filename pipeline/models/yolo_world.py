@@ -204,14 +204,14 @@ def save_checkpoint(model: WorldModel, path: Path) -> None:
         torch.save({"model": model, "train_args": {}}, temporary)
 
 
-def finish_checkpoint(path: Path) -> WorldModel:
-    """Turn a training checkpoint into one for detection, which loads without this package.
+def finish_checkpoint(training: Path, path: Path) -> WorldModel:
+    """Make of a training checkpoint one for detection, which loads without this package.
 
     Returns its model.
     """
     with atomic_path(path) as temporary:
         with quiet():
-            checkpoint = strip_optimizer(path, temporary)
+            checkpoint = strip_optimizer(training, temporary)
         checkpoint["model"] = plain(checkpoint["model"])
         torch.save(checkpoint, temporary)
     return checkpoint["model"]

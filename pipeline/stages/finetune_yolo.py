@@ -1,12 +1,16 @@
 """Fine-tune YOLO-World on a dataset.
 
-Output folder: weights/best.pt and weights/last.pt (Ultralytics checkpoints), best.safetensors (the
-best without pickles, in half precision), results.csv, curves, open_vocabulary.json (what prompts
-that were not trained find before and after), config.yaml, run.json.
+What is kept is the last epoch, at the end of a falling learning rate: with a handful of validation
+defects, choosing an epoch by them is choosing by chance.
+
+Output folder: detector.pt (an Ultralytics checkpoint), detector.safetensors (without pickles, in
+half precision), results.csv, curves, open_vocabulary.json (what prompts that were not trained find
+before and after), config.yaml, run.json; weights/ (Ultralytics' own, to resume) until it is done.
 """
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import torch
@@ -23,6 +27,7 @@ from pipeline.models.device import device_name, has_fast_bfloat16, torch_device
 from pipeline.models.yolo_trainer import PromptTrainer, plot_curves
 
 COMMAND = "finetune-yolo"
+DETECTOR = "detector.pt"
 
 
 def run(config: FinetuneYoloConfig) -> None:
@@ -33,9 +38,8 @@ def run(config: FinetuneYoloConfig) -> None:
                 f"--data: expected images in the {split} split of {config.data}, found none"
             )
     device = device_name(config.device)
-    best, last, start = (
-        config.out / "weights" / f"{name}.pt" for name in ("best", "last", "start")
-    )
+    detector = config.out / DETECTOR
+    last, start = (config.out / "weights" / f"{name}.pt" for name in ("last", "start"))
     if config.resume:
         _check_resumable(config, last)
     else:
@@ -49,8 +53,8 @@ def run(config: FinetuneYoloConfig) -> None:
         model = yolo_world.set_prompts(model, dataset.classes, embeddings, config.seed)
         record.claim(config.out, config.force)
         record.write_config(config.out, COMMAND, config)
-        best.unlink(missing_ok=True)  # of an earlier run
-        (config.out / open_vocabulary.REPORT).unlink(missing_ok=True)
+        for name in (DETECTOR, open_vocabulary.REPORT):
+            (config.out / name).unlink(missing_ok=True)  # of an earlier run
         print(f"prompts: {kind}")
         prompts = {"embeddings": kind, "texts": dict(zip(dataset.classes, texts, strict=True))}
         write_text(config.out / "prompts.yaml", yaml.safe_dump(prompts, sort_keys=False))
@@ -59,23 +63,24 @@ def run(config: FinetuneYoloConfig) -> None:
         plot_curves(config.out / "results.csv")  # it may have been killed before that
     else:
         PromptTrainer(overrides=_training_options(config, dataset, device)).train()
-    model = yolo_world.finish_checkpoint(best)
-    yolo_world.finish_checkpoint(last)
-    yolo_world.save_safetensors(model, best.with_suffix(".safetensors"), config.image_size)
+    model = yolo_world.finish_checkpoint(last, detector)
+    yolo_world.save_safetensors(model, detector.with_suffix(".safetensors"), config.image_size)
     _report_open_vocabulary(config, dataset, start, model, device)
     record.write_record(config.out, COMMAND, config)
-    start.unlink()  # until here whoever resumes needs it for the report
-    print(f"detector: {best}")
+    shutil.rmtree(last.parent)  # until here it is needed to resume
+    print(f"detector: {detector}")
 
 
 def _check_resumable(config: FinetuneYoloConfig, last: Path) -> None:
     """Raises `UserError` if there is nothing to go on from, or something of other options."""
+    if record.record_path(config.out).is_file():
+        raise UserError(f"--resume: expected an interrupted run, found that {config.out} is done")
     if not last.is_file():
         raise UserError(f"--resume: expected a checkpoint at {last}, found none")
     if not record.can_resume(COMMAND, config):
         raise UserError(
             f"--resume: expected the options and data that {config.out} was begun with, "
-            "found others, or a finished run"
+            "found others"
         )
 
 
@@ -184,7 +189,7 @@ def _training_options(
         "data": str(config.out.resolve() / "data.yaml"),
         "save_dir": str(config.out.resolve()),
         "epochs": config.epochs,
-        "patience": config.patience,
+        "patience": 0,  # never stop early
         "batch": config.batch,
         "nbs": config.batch,  # one optimiser step per batch: few images make few batches
         "imgsz": config.image_size,
@@ -237,7 +242,4 @@ NO_AUGMENTATION: dict[str, object] = {
 def _is_trained(last: Path, config: FinetuneYoloConfig) -> bool:
     """Whether training has ended and only what comes after it is missing."""
     checkpoint = torch.load(last, map_location="cpu", weights_only=False)
-    epochs = checkpoint["epoch"] + 1
-    if epochs in (0, config.epochs):  # 0: finished
-        return True
-    return bool(epochs - checkpoint["stopper"]["best_epoch"] >= config.patience)
+    return bool(checkpoint["epoch"] + 1 == config.epochs)

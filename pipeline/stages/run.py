@@ -124,7 +124,7 @@ def _models(config: RunConfig, data: Path, out: Path) -> Iterator[tuple[str, dic
     yield "finetune_yolo", detector
     segment = {
         "source": data,
-        "boxes": str(Path(detector["out"]) / "weights" / "best.pt"),
+        "boxes": str(Path(detector["out"]) / "detector.pt"),
         "out": out / "predictions",
         **config.segment,
     }
