@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import reprlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -412,33 +413,85 @@ class MeasureConfig(StageConfig):
 class OverlayConfig(StageConfig):
     """Make a review video of truth and predictions."""
 
-    inputs: ClassVar[tuple[str, ...]] = ("source", "predictions")
-    out: Path = Field(description="the video, ending in .mp4")
-    source: Path = Field(description="dataset folder, folder of images, or video")
-    predictions: Path | None = Field(None, description="output folder of `pipeline segment`")
+    inputs: ClassVar[tuple[str, ...]] = ("source", "images", "predictions", "evaluation")
+    out: Path = Field(
+        description="the video, ending in .mp4, .webm or .gif, or a folder for numbered PNGs"
+    )
+    source: Path = Field(
+        description="dataset folder, COCO file (.json), folder of images, or video"
+    )
+    images: Path | None = Field(
+        None, description="folder of a COCO file's images (default: searched beside the file)"
+    )
+    predictions: Path | None = Field(
+        None,
+        description="output folder of `pipeline segment`, or a COCO results file with the image "
+        "ids of the dataset or COCO file",
+    )
+    evaluation: Path | None = Field(
+        None, description="output folder of `pipeline evaluate`: its figures go on the title card"
+    )
+    title: str | None = Field(
+        None, description="name on the title card (default: that of the folder the video is in)"
+    )
+    title_seconds: float = Field(
+        3.0, ge=0, description="how long the title card stays (0: no title card)"
+    )
     split: SplitName = Field("test", description="split of a dataset")
     fold: FoldOrAll = Field(
         None,
         description="fold of the dataset instead of its single split; 'all': the test images of "
         "all folds",
     )
-    show: Literal["both", "truth", "prediction"] = Field("both", description="what is drawn")
-    order: Literal["class", "error"] = Field("class", description="frames by class, or worst first")
-    only: Literal["all", "errors"] = Field(
-        "all", description="'errors': misses and false alarms alone"
+    layout: Literal["side-by-side", "prediction", "truth", "blink"] = Field(
+        "side-by-side",
+        description="truth beside prediction, either alone, or both in turn; what is not known is "
+        "left out (in turn: the bare image)",
+    )
+    order: Literal["file", "class", "score", "worst"] | None = Field(
+        None,
+        description="file, class, score (the highest first) or worst (first) (default: class, or "
+        "file where no truth is known); a video keeps its own",
+    )
+    only: Annotated[tuple[str, ...], BeforeValidator(_listed)] = Field(
+        (),
+        description="'errors': images with a miss, a wrong class or a false alarm; 'class=NAME': "
+        "those that show the class, in truth or prediction, or class=good (both: errors of it)",
     )
     threshold: Fraction | None = Field(
         None,
         description="score from which a box is drawn (default: that of the image's fold in pooled "
         "predictions, else 0.25)",
     )
+    inset: bool = Field(True, description="show small defects enlarged in a corner")
     seconds_per_image: PositiveFloat = Field(1.0, description="how long an image stays")
+    fps: PositiveFloat | None = Field(
+        None,
+        le=240,
+        description="frames per second (default: that of a video, about 10 for images)",
+    )
     height: int = Field(640, ge=64, le=2160, description="height of each panel in pixels")
 
+    @field_validator("only")
+    @classmethod
+    def _check_only(cls, only: tuple[str, ...]) -> tuple[str, ...]:
+        for item in only:
+            if item != "errors" and not re.fullmatch("class=.+", item):
+                raise ValueError(f"expected 'errors' or 'class=NAME', found {item!r}")
+        return only
+
     @model_validator(mode="after")
-    def _check_fold_and_split(self) -> OverlayConfig:
+    def _check_all(self) -> OverlayConfig:
         if self.fold == "all":
             _check_split_of_all(self.split)
+        if self.images is not None and self.source.suffix.lower() != ".json":
+            raise ValueError(f"--images: expected a COCO file as --source, found {self.source}")
+        least = 2 if self.layout == "blink" else 1
+        if self.fps is not None and self.fps * self.seconds_per_image < least:
+            raise ValueError(
+                f"--fps: expected {least} or more frames per image, "
+                f"found {self.fps * self.seconds_per_image:.3g}"
+            )
         return self
 
 

@@ -26,7 +26,7 @@ from pipeline.data.files import read_json, sha256, write_json, write_text
 from pipeline.errors import UserError
 from pipeline.models.weights import load_registry
 
-FILES = (".mp4", ".csv")  # results that are one file; all others are folders
+FILES = (".mp4", ".webm", ".gif", ".csv")  # results that are one file; all others are folders
 WITHOUT_EFFECT = {"out", "force", "resume", "device", "offline", "cache", "cache_gb"}  # on results
 CHECKPOINTS = ("last.pt", "weights/last.pt")  # what an interrupted training goes on from
 PACKAGES = (
@@ -179,6 +179,14 @@ def _signature_in(record: Path) -> str | None:
 
 def claim(out: Path, force: bool) -> None:
     """Make `out` ready to be written. Raises `UserError` if it holds something and not `force`."""
+    check_folder(out, force)
+    out.mkdir(parents=True, exist_ok=True)
+    for name in ("run.json", "begun.json", *CHECKPOINTS):
+        (out / name).unlink(missing_ok=True)
+
+
+def check_folder(out: Path, force: bool) -> None:
+    """Check that the folder `out` may be written. Raises `UserError` if it may not."""
     if out.exists() and not out.is_dir():
         raise UserError(f"--out: expected a folder, found the file {out}")
     if (out / "run.json").exists() and not force:
@@ -186,9 +194,6 @@ def claim(out: Path, force: bool) -> None:
     # A hidden file may be what a killed process has left of ours.
     if not (out / "config.yaml").exists() and any(out.glob("[!.]*")):
         raise UserError(f"--out: expected a new folder or one of ours, found other files in {out}")
-    out.mkdir(parents=True, exist_ok=True)
-    for name in ("run.json", "begun.json", *CHECKPOINTS):
-        (out / name).unlink(missing_ok=True)
 
 
 def claim_file(out: Path, force: bool) -> None:

@@ -13,13 +13,14 @@ import numpy as np
 import pytest
 import supervision as sv
 
-from pipeline.config import OverlayConfig
-from pipeline.data import draw
+from pipeline.config import OverlayConfig, build
+from pipeline.data import draw, paint, palette, text
 from pipeline.data.files import read_json, write_json
 from pipeline.data.masks import encode_rle
 from pipeline.data.matching import Verdict
 from pipeline.data.predictions import write_predictions
-from pipeline.data.video import VideoWriter, frames, probe
+from pipeline.data.video import frames, probe
+from pipeline.data.writers import create
 from pipeline.errors import UserError
 from pipeline.stages import overlay
 
@@ -93,7 +94,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def configured(root: Path, out: Path, **options: Any) -> OverlayConfig:
     values = {"source": root / "data", "predictions": root / "predictions", "out": out}
-    return OverlayConfig(**(values | {"height": 200, "seconds_per_image": 0.1} | options))
+    return build(OverlayConfig, (values | {"height": 200, "seconds_per_image": 0.1, "title_seconds": 0} | options))
 
 
 def film(root: Path, out: Path, **options: Any) -> list[np.ndarray]:
@@ -112,7 +113,7 @@ def level_of(image: np.ndarray) -> int:
 def verdict_of(image: np.ndarray) -> str:
     """The verdict whose colour the frame's border has."""
     border = image[2, image.shape[1] // 2].astype(int)
-    distance = {v: np.abs(border - c.as_bgr()).sum() for v, c in draw.VERDICT_COLOURS.items()}
+    distance = {v: np.abs(border - c.as_bgr()).sum() for v, c in palette.VERDICT_COLOURS.items()}
     return min(distance, key=lambda word: distance[word])
 
 
@@ -120,11 +121,11 @@ def verdict_of(image: np.ndarray) -> str:
     ("options", "levels"),
     [
         ({}, BY_CLASS),
-        ({"order": "error"}, BY_ERROR),
+        ({"order": "worst"}, BY_ERROR),
         ({"only": "errors"}, [80, 180, 200, 120, 140]),
-        ({"only": "errors", "order": "error"}, BY_ERROR[:5]),
-        ({"order": "error", "show": "truth"}, BY_ERROR),
-        ({"order": "error", "show": "prediction"}, BY_ERROR),
+        ({"only": "errors", "order": "worst"}, BY_ERROR[:5]),
+        ({"order": "worst", "layout": "truth"}, BY_ERROR),
+        ({"order": "worst", "layout": "prediction"}, BY_ERROR),
     ],
 )
 def test_order_and_verdict_of_every_image(
@@ -138,11 +139,11 @@ def test_order_and_verdict_of_every_image(
 
 def test_panels_side_by_side_or_either_alone(root: Path, tmp_path: Path) -> None:
     both, truth, predicted = (
-        film(root, tmp_path / f"{show}.mp4", show=show)[3]  # the miss: nothing is predicted
-        for show in ("both", "truth", "prediction")
+        film(root, tmp_path / f"{layout}.mp4", layout=layout)[3]  # the miss: nothing is predicted
+        for layout in ("side-by-side", "truth", "prediction")
     )
     assert both.shape[1] > truth.shape[1] + 190  # one panel more, of 200 pixels
-    stain = draw.CLASS_COLOURS.by_idx(1).as_bgr()
+    stain = palette.CLASS_COLOURS.by_idx(1).as_bgr()
 
     def painted(image: np.ndarray) -> list[bool]:
         """In each half and in the whole, whether a filled mask of the class is there."""
@@ -168,7 +169,7 @@ def test_how_long_an_image_stays(root: Path, tmp_path: Path) -> None:
 def test_without_predictions_the_truth_alone(root: Path, tmp_path: Path) -> None:
     shown = film(root, tmp_path / "a.mp4", predictions=None)
     assert [level_of(image) for image in shown] == BY_CLASS
-    assert shown[0].shape == film(root, tmp_path / "b.mp4", show="truth")[0].shape
+    assert shown[0].shape == film(root, tmp_path / "b.mp4", layout="truth")[0].shape
     assert verdict_of(shown[0]) != verdict_of(film(root, tmp_path / "c.mp4")[0])  # no border
 
 
@@ -183,9 +184,9 @@ def test_without_a_threshold_each_image_has_that_of_its_fold(root: Path, tmp_pat
 
     name, _, _, predicted, _ = next(i for i in IMAGES if i[0] == "good__d.png")
     assert [score for _, _, score in predicted] == [0.1]
-    assert len(given(None).of(name, (SIZE, SIZE))) == 0  # the default is 0.25
-    assert len(given(None, threshold=0.1).of(name, (SIZE, SIZE))) == 1
-    assert len(given(0.2, threshold=0.1).of(name, (SIZE, SIZE))) == 0  # what is given counts
+    assert len(given(None).of(name, 1, (SIZE, SIZE))) == 0  # the default is 0.25
+    assert len(given(None, threshold=0.1).of(name, 1, (SIZE, SIZE))) == 1
+    assert len(given(0.2, threshold=0.1).of(name, 1, (SIZE, SIZE))) == 0  # what is given counts
     assert (given(None).cut, given(None, threshold=0.1).cut) == ("0.25", "0.1")
 
 
@@ -199,7 +200,7 @@ def test_a_folder_of_images(root: Path, tmp_path: Path) -> None:
 def test_a_video_keeps_its_frame_rate(tmp_path: Path) -> None:
     source = tmp_path / "belt.mp4"
     levels = [40, 100, 160, 200]
-    with VideoWriter.create(source, Fraction(24)) as video:
+    with create(source, Fraction(24)) as video:
         for level in levels:
             video.write(np.full((SIZE, SIZE, 3), level, np.uint8))
     names = [f"belt_{i:06d}" for i in range(4)]
@@ -213,7 +214,7 @@ def test_a_video_keeps_its_frame_rate(tmp_path: Path) -> None:
     shown = film(tmp_path, out, source=source)
     assert probe(out).fps == 24
     assert [level_of(image) for image in shown] == levels
-    crack = np.array(draw.CLASS_COLOURS.by_idx(0).as_bgr())
+    crack = np.array(palette.CLASS_COLOURS.by_idx(0).as_bgr())
     marked = [(np.abs(image[60:190].astype(int) - crack).max(axis=2) < 40).sum() for image in shown]
     assert marked[1] > 100 and marked[0] == marked[2] == marked[3] == 0
 
@@ -258,13 +259,13 @@ def test_images_of_several_sizes_make_one_video(root: Path, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"out": Path("a.avi")}, "--out: expected a file ending in .mp4"),
-        ({"source": Path("missing")}, "--source: expected a folder or a video"),
-        ({"source": "images", "show": "truth"}, "--show: expected a dataset"),
+        ({"out": Path("a.avi")}, "--out: expected a file ending in .mp4, .webm or .gif, or"),
+        ({"source": Path("missing")}, "--source: expected a dataset, a COCO file, a folder"),
+        ({"source": "images", "layout": "truth"}, "--layout: expected a dataset"),
         ({"source": "images", "predictions": None}, "--predictions: expected an output folder"),
-        ({"predictions": None, "show": "prediction"}, "--predictions: expected an output folder"),
-        ({"predictions": None, "order": "error"}, "--order: expected a dataset and predictions"),
-        ({"source": "images", "only": "errors"}, "--only: expected a dataset and predictions"),
+        ({"predictions": None, "layout": "prediction"}, "--predictions: expected an output folder"),
+        ({"predictions": None, "order": "worst"}, "--order: expected truth and predictions"),
+        ({"source": "images", "only": "errors"}, "--only: expected truth and predictions"),
         ({"predictions": Path("missing")}, "missing/images.json: expected a JSON file"),
         ({"split": "val"}, "instances_val.json: expected this split, found test"),
     ],
@@ -305,7 +306,7 @@ def test_memory_does_not_grow_with_the_images(tmp_path: Path) -> None:
     def peak(count: int) -> int:
         root = tmp_path / str(count)
         write_data(root, [(f"crack__{i:03d}.png", 90, *IMAGES[0][2:]) for i in range(count)])
-        config = configured(root, root / "a.mp4", height=128, order="error")
+        config = configured(root, root / "a.mp4", height=128, order="worst")
         tracemalloc.start()
         overlay.run(config)
         try:
@@ -340,7 +341,7 @@ def test_box_and_mask_are_where_they_belong() -> None:
     """The box (10, 20, 40, 60), doubled, covers the columns 20..79 and the rows 40..119."""
     panel = panel_of(detections(BOX))
     assert panel.shape == (200, 200, 3)
-    colour = np.array(draw.CLASS_COLOURS.by_idx(0).as_bgr())
+    colour = np.array(palette.CLASS_COLOURS.by_idx(0).as_bgr())
     lines = np.abs(panel.astype(int) - colour).max(axis=2) < 3
     rows, columns = np.nonzero(lines[40:])  # the label stands above
     assert (rows.min() + 40, rows.max() + 40) == (40, 119)
@@ -367,7 +368,7 @@ def test_a_one_pixel_defect_is_seen(box: tuple[int, int, int, int]) -> None:
     x = min(max(2 * box[0] + 1 - 6, 0), 200 - 12)
     y = min(max(2 * box[1] + 1 - 6, 0), 200 - 12)
     frame = panel[y : y + 12, x : x + 12].astype(int)
-    colour = draw.CLASS_COLOURS.by_idx(0).as_bgr()
+    colour = palette.CLASS_COLOURS.by_idx(0).as_bgr()
     lines = np.abs(frame - colour).max(axis=2) < 3
     assert lines[0].all() and lines[-1].all() and lines[:, 0].all() and lines[:, -1].all()
     assert lines.sum() < 100  # a frame, not a filled label
@@ -390,7 +391,7 @@ def test_labels_do_not_hide_boxes_or_each_other() -> None:
     boxes = np.hstack([corners, corners + rng.integers(12, 60, (15, 2))])
     boxes = np.vstack([boxes, [[300, 300, 400, 400]] * 4, [[0, 0, 12, 12]], [[628, 628, 639, 639]]])
     sizes = np.tile([110.0, 20.0], (len(boxes), 1))
-    spots = draw.label_spots(boxes, sizes, (640, 640))
+    spots = paint.label_spots(boxes, sizes, (640, 640))
     labels = np.hstack([np.subtract(spots, (0, 20)), np.add(spots, (110, 0))])
     assert labels.min() >= 0 and labels.max() <= 640
     between = np.triu(sv.box_iou_batch(labels, labels), 1)
@@ -416,17 +417,17 @@ def test_an_image_may_be_of_any_shape() -> None:
 
 def test_long_names_are_cut_in_the_middle() -> None:
     name = "a_very_long_name_of_a_file_from_some_camera_at_the_line_000123.png"
-    cut = draw.elide(name, 18, 300)
-    assert draw._font(18).getlength(cut) <= 300
+    cut = text.elide(name, 18, 300)
+    assert text.font(18).getlength(cut) <= 300
     head, tail = cut.split("…")
     assert name.startswith(head) and name.endswith(tail) and len(tail) > 8
-    assert draw.elide("short.png", 18, 300) == "short.png"
-    assert draw.elide(name, 18, 0) == ""
+    assert text.elide("short.png", 18, 300) == "short.png"
+    assert text.elide(name, 18, 0) == ""
 
 
 def test_every_verdict_has_a_colour_and_a_rank() -> None:
-    assert set(draw.VERDICT_COLOURS) == set(overlay.SEVERITY) == set(get_args(Verdict))
-    assert len({colour.as_hex() for colour in draw.CLASS_COLOURS.colors}) == 8
+    assert set(palette.VERDICT_COLOURS) == set(overlay.SEVERITY) == set(get_args(Verdict))
+    assert len({colour.as_hex() for colour in palette.CLASS_COLOURS.colors}) == 8
 
 
 @pytest.mark.parametrize(
@@ -434,4 +435,4 @@ def test_every_verdict_has_a_colour_and_a_rank() -> None:
     [("#FFFFFF", sv.Color.BLACK), ("#0072B2", sv.Color.WHITE), ("#F0E442", sv.Color.BLACK)],
 )
 def test_ink_reads_well(background: str, expected: sv.Color) -> None:
-    assert draw.ink(sv.Color.from_hex(background)) == expected
+    assert palette.ink(sv.Color.from_hex(background)) == expected

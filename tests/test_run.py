@@ -305,15 +305,15 @@ AFTER_DATASET = ALL[ALL.index("detector") :]
         ),
         (
             {"finetune_classifier": {"small": {"seed": 3}, "large": {"model": "resnet50"}}},
-            ["small", "evaluation"],
+            ["small", "evaluation", "review.mp4"],
         ),
-        ({"finetune_classifier": {"small": {"model": "resnet18"}}}, ["evaluation"]),
+        ({"finetune_classifier": {"small": {"model": "resnet18"}}}, ["evaluation", "review.mp4"]),
         (
             {"segment": {"min_score": 0.5}},
             ["predictions", "truth_boxes", "evaluation", "review.mp4"],
         ),
-        ({"evaluate": {"resamples": 5}}, ["evaluation"]),
-        ({"overlay": {"order": "error"}}, ["review.mp4"]),
+        ({"evaluate": {"resamples": 5}}, ["evaluation", "review.mp4"]),
+        ({"overlay": {"order": "worst"}}, ["review.mp4"]),
         ({"finetune_yolo": {"device": "cpu", "offline": True}}, []),
     ],
 )

@@ -22,7 +22,7 @@ from pipeline.config import EvaluateConfig, OverlayConfig, SegmentConfig, build
 from pipeline.data import predictions
 from pipeline.data.files import decode, read_image, read_json, write_json
 from pipeline.data.masks import decode_rle, encode_rle
-from pipeline.data.video import VideoWriter
+from pipeline.data.writers import create
 from pipeline.errors import UserError
 from pipeline.models import sam as sams
 from pipeline.stages import evaluate, overlay, segment
@@ -481,7 +481,7 @@ def test_a_folder_with_boxes_from_a_file_takes_the_classes_beside_it(
 def test_a_video(tmp_path: Path, box_filler: list[str]) -> None:
     """Each frame has its own id, name and mask, also when the file's name has a dot in it."""
     video = tmp_path / "cam.1.mp4"
-    with VideoWriter.create(video, Fraction(10)) as writer:
+    with create(video, Fraction(10)) as writer:
         for i in range(3):
             writer.write(draw([("stain", (10 + i, 10, 40, 30))], 48, 64))
     path = boxes_file(tmp_path / "boxes", [entry(i, 2, (i, 1, 20, 20), 0.9) for i in (1, 2, 3)])

@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pycocotools import mask as coco_mask
 
-from pipeline.data.dataset import split_name
-from pipeline.data.files import write_json, write_text
+from pipeline.data.dataset import Sample, split_name
+from pipeline.data.files import read_json, write_json, write_text
 from pipeline.data.splits import Split
+from pipeline.errors import UserError
 
 Box = tuple[int, int, int, int]
 
@@ -112,3 +114,81 @@ def _subset(coco: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
     ids = {image["id"] for image in images}
     annotations = [a for a in coco["annotations"] if a["image_id"] in ids]
     return {"images": images, "annotations": annotations, "categories": coco["categories"]}
+
+
+def read_coco(path: Path, images: Path | None = None) -> tuple[tuple[str, ...], list[Sample]]:
+    """The classes and images of any COCO instances file, with ids from 1 in the file's order.
+
+    Masks may be polygons or run lengths, compressed or not, and may be missing. Crowds are left
+    out. The images are looked for in the folder `images`; without it, beside the file, in its
+    parent, or in a folder named images in either. Raises `UserError` when the file is not COCO's,
+    has no images, or where they are not found.
+    """
+    coco = read_json(path)
+    if not isinstance(coco, dict) or not {"images", "annotations", "categories"} <= coco.keys():
+        raise UserError(f"{path}: expected COCO instances, found other JSON")
+    if not coco["images"]:
+        raise UserError(f"{path}: expected images, found none")
+    try:
+        return _classes_and_samples(path, coco, images)
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        found = f"{type(error).__name__}: {error}"
+        raise UserError(f"{path}: expected COCO instances, found other entries ({found})") from None
+
+
+def _classes_and_samples(
+    path: Path, coco: dict[str, Any], images: Path | None
+) -> tuple[tuple[str, ...], list[Sample]]:
+    categories = {category["id"]: i for i, category in enumerate(coco["categories"], start=1)}
+    sizes = {image["id"]: (int(image["height"]), int(image["width"])) for image in coco["images"]}
+    annotations: dict[int, list[dict[str, Any]]] = {image_id: [] for image_id in sizes}
+    for annotation in coco["annotations"]:
+        if not annotation.get("iscrowd"):
+            image_id = annotation["image_id"]
+            x, y, width, height = (float(v) for v in annotation["bbox"])
+            entry: dict[str, Any] = {
+                "image_id": image_id,
+                "category_id": categories[annotation["category_id"]],
+                "bbox": [x, y, width, height],
+                "area": width * height,
+            }
+            if annotation.get("segmentation"):
+                rle = _run_lengths(annotation["segmentation"], *sizes[image_id])
+                entry |= {"segmentation": rle, "area": int(coco_mask.area(rle))}
+            annotations[image_id].append(entry)
+    folder = images or _image_folder(path, coco["images"][0]["file_name"])
+    samples = [
+        Sample(
+            image["id"],
+            folder / image["file_name"],
+            image["width"],
+            image["height"],
+            tuple(annotations[image["id"]]),
+        )
+        for image in coco["images"]
+    ]
+    if missing := [sample.path for sample in samples if not sample.path.is_file()]:
+        raise UserError(
+            f"{path}: expected its images in {folder}, found no {missing[0].name} there"
+            + (f" ({len(missing)} are missing)" if len(missing) > 1 else "")
+        )
+    return tuple(str(category["name"]) for category in coco["categories"]), samples
+
+
+def _image_folder(path: Path, name: str) -> Path:
+    """The folder near a COCO file that has the image of this name, or the file's own."""
+    near = [path.parent, path.parent / "images", path.parent.parent, path.parent.parent / "images"]
+    return next((folder for folder in near if (folder / name).is_file()), path.parent)
+
+
+def _run_lengths(shape: Any, height: int, width: int) -> dict[str, Any]:
+    """Compressed run lengths of polygons or of run lengths of any kind."""
+    if isinstance(shape, list):
+        rle = coco_mask.merge(coco_mask.frPyObjects(shape, height, width))
+    elif isinstance(shape["counts"], list):
+        rle = coco_mask.frPyObjects(shape, height, width)
+    else:
+        rle = shape
+    if tuple(rle["size"]) != (height, width):
+        raise ValueError(f"a mask of {rle['size']} in an image of {[height, width]}")
+    return dict(rle)

@@ -46,14 +46,19 @@ class Sample:
 
     @cached_property
     def truth(self) -> sv.Detections:
-        """True instances: half-open pixel boxes, class index from 0, (n, height, width) masks."""
+        """True instances: half-open pixel boxes, class index from 0, (n, height, width) masks.
+
+        Masks only if every annotation has one.
+        """
         if not self.annotations:
             return sv.Detections.empty()
         xywh = np.array([a["bbox"] for a in self.annotations], np.float32)
+        masks = [a["segmentation"] for a in self.annotations if "segmentation" in a]
+        complete = len(masks) == len(self.annotations)
         return sv.Detections(
             xyxy=np.hstack([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]]),
             class_id=np.array([a["category_id"] - 1 for a in self.annotations]),
-            mask=np.stack([decode_rle(a["segmentation"]) for a in self.annotations]),
+            mask=np.stack([decode_rle(rle) for rle in masks]) if complete else None,
         )
 
     @property

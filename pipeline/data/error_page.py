@@ -118,9 +118,11 @@ def _draw(
     x1, y1, x2, y2 = window
     crop = np.ascontiguousarray(image[y1:y2, x1:x2])
     truth, seen = mistake.shot.sample.truth, mistake.shot.seen
+    if seen.confidence is not None:
+        seen = seen[seen.confidence >= SHOWN_FROM]
     names = {}
     for side, instances in (("truth", truth), ("model", seen)):
-        placed = _cropped(instances, window)
+        placed = crop(instances, window)
         picture = drawer.panel(crop, placed, _labels(placed, classes))
         names[side] = f"{number:04}_{side}.jpg"
         encoded = cv2.imencode(".jpg", picture, [cv2.IMWRITE_JPEG_QUALITY, 85])[1]
@@ -139,28 +141,6 @@ def _window(box: np.ndarray, shape: tuple[int, int]) -> tuple[int, int, int, int
         window.append((start, start + size))
     (x1, x2), (y1, y2) = window
     return x1, y1, x2, y2
-
-
-def _cropped(instances: sv.Detections, window: tuple[int, int, int, int]) -> sv.Detections:
-    """What of the instances is shown in the window, in its pixels."""
-    if not len(instances):
-        return instances
-    x1, y1, x2, y2 = window
-    low, high = np.array([x1, y1]), np.array([x2, y2])
-    corners = np.clip(instances.xyxy.reshape(-1, 2, 2), low, high)
-    shown = (corners[:, 1] > corners[:, 0]).all(axis=1)
-    scores = instances.confidence
-    if scores is not None:
-        shown &= scores >= SHOWN_FROM
-    mask = None
-    if instances.mask is not None:
-        mask = np.asarray(instances.mask, bool)[shown, y1:y2, x1:x2]
-    return sv.Detections(
-        xyxy=(corners[shown] - low).reshape(-1, 4).astype(np.float32),
-        mask=mask,
-        confidence=None if scores is None else scores[shown],
-        class_id=np.asarray(instances.class_id)[shown],
-    )
 
 
 def _labels(instances: sv.Detections, classes: Sequence[str]) -> list[str]:

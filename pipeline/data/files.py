@@ -39,6 +39,33 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
+def unnamed_path(path: Path) -> Iterator[Path]:
+    """Like `atomic_path`, for what is long in the making: a process that is killed leaves nothing.
+
+    On Linux the file has no name before it is complete (open(2), O_TMPFILE): what is yielded is a
+    path of /proc, without a suffix. Where the system cannot do that, this is `atomic_path`.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        handle = os.open(path.parent, os.O_TMPFILE | os.O_RDWR, 0o644)
+    except (AttributeError, OSError):
+        with atomic_path(path) as temporary:
+            yield temporary
+        return
+    try:
+        unnamed = Path(f"/proc/self/fd/{handle}")
+        yield unnamed
+        # A link cannot take the place of a file; and only with a src_dir_fd, which an absolute path
+        # does not need, does Python ask the system to follow the link in /proc.
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.stem}-") as folder:
+            named = Path(folder) / path.name
+            os.link(unnamed, named, src_dir_fd=handle, follow_symlinks=True)
+            named.replace(path)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
     """Yield a temporary sibling folder; if the block succeeds it takes the place of `path`.
 

@@ -17,13 +17,10 @@ from pycocotools.cocoeval import COCOeval
 
 from pipeline.data.files import atomic_path
 from pipeline.data.metrics import average_precisions
+from pipeline.data.palette import CLASS_COLOURS
 from pipeline.data.quality import BAD_IOU, Judged
 
-# One colour per class in all plots: the set of Okabe and Ito (2008), safe for colour-blind eyes,
-# with yellow last, for it is faint on white.
-COLOURS = (
-    "#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#D55E00", "#0072B2", "#000000", "#F0E442",
-)  # fmt: skip
+COLOURS = [colour.as_hex() for colour in CLASS_COLOURS.colors]
 MARKERS = "osD^vP*X"
 
 

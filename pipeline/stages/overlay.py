@@ -1,13 +1,22 @@
-"""Make a review video: truth and prediction of every image, with a verdict where both are known."""
+"""Make a review video: truth and prediction of every image, with a verdict where both are known.
+
+What is shown is settled first, image by image and without its pixels: verdicts, order, chapters.
+Then pictures are read, drawn and encoded one after the other.
+"""
 
 from __future__ import annotations
 
+import itertools
+import math
+import shutil
 import statistics
-from collections import Counter
-from collections.abc import Iterable
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 import supervision as sv
@@ -16,19 +25,36 @@ from rich.progress import track
 
 from pipeline import record
 from pipeline.config import OverlayConfig
-from pipeline.data import masks
-from pipeline.data.dataset import Dataset, Sample
-from pipeline.data.draw import ReviewDrawer
+from pipeline.data import masks, writers
+from pipeline.data.coco import read_coco
+from pipeline.data.dataset import GOOD, Dataset, Sample
+from pipeline.data.draw import Card, ReviewDrawer
+from pipeline.data.files import list_images, read_image, read_json
 from pipeline.data.matching import match, verdict
 from pipeline.data.predictions import PREDICTIONS, from_coco_results, read_images, read_results
-from pipeline.data.video import VideoWriter, count_frames, frames, probe
+from pipeline.data.video import count_frames, frames, probe
+from pipeline.data.writers import Chapter
 from pipeline.errors import UserError
 
 SEVERITY = {"miss": 0, "wrong class": 0, "false alarm": 1, "hit": 2, "correct": 3}
 DEFAULT_THRESHOLD = 0.25
 ERRORS = ("miss", "wrong class", "false alarm")
 IMAGE_RATE = 10  # frames per second, about, for still images: seeking is smooth, the file small
+BLINK = 0.5  # seconds of truth, and of prediction: under the three flashes a second of WCAG 2.3.1
 WIDEST_PANEL = 2.0  # width / height; an image longer or taller than this gets bars
+FIGURES = (  # of metrics.json: what the title card says of an evaluation
+    ("box mAP50", ("box", "map50")),
+    ("mask mAP50", ("mask", "map50")),
+    ("mean mask IoU of found defects", ("mask", "mean_iou_matched")),
+    ("false alarms per good image", ("good_images", "false_alarms_per_image")),
+    ("image accuracy", ("image_decision", "detector", "accuracy")),
+    ("balanced image accuracy", ("image_decision", "detector", "balanced_accuracy")),
+)
+
+ANNOTATED = ("dataset", "COCO file")  # the sources that have truth
+
+T = TypeVar("T")
+Panel = tuple[sv.Detections, Sequence[str]]  # instances of an image, and a label for each
 
 
 @dataclass(frozen=True)
@@ -36,7 +62,10 @@ class Shot:
     """One image of the video to be, without its pixels."""
 
     name: str
+    image_id: int  # in the source
+    path: Path | None = None  # None: a frame of a video
     sample: Sample | None = None  # None: the source has no truth
+    label: int = -1  # class of the image: the true one, else that of the surest box; -1: good
     verdict: str | None = None  # None: truth or prediction is not known
     overlap: float = 0.0  # mean IoU of the true instances with what found them, 0 for a missed one
     score: float = 0.0  # the highest predicted
@@ -44,178 +73,212 @@ class Shot:
 
 @dataclass(frozen=True)
 class Reel:
-    """What the video shows, and how fast. Pixels are read as `images` is consumed."""
+    """What the video shows, and how fast."""
 
     classes: tuple[str, ...]
     sizes: list[tuple[int, int]]  # (width, height) of the images
-    length: int | None  # how many images there are, if that is known beforehand
-    images: Iterable[tuple[Shot, np.ndarray]]
+    shots: list[Shot] | None  # None: they come from a video
+    pictures: Iterable[tuple[Shot, np.ndarray, int]]  # with the frames that each stays
+    length: int | None  # how many there are, if that is known beforehand
     fps: Fraction
-    repeat: int  # frames per image
 
 
 class Predictions:
-    """The output folder of `pipeline segment`, cut at a score. Raises `UserError` if it is none.
+    """What was predicted for each image, cut at a score. Raises `UserError` if it is nothing such.
 
-    Without a `threshold`, images of pooled folds have their own.
+    `path` is the output folder of `pipeline segment`, whose images are known by name, or a COCO
+    results file, whose image ids are those of the source. Without a `threshold`, images of pooled
+    folds have their own.
     """
 
-    def __init__(self, folder: Path, threshold: float | None) -> None:
-        self.folder = folder
-        self.classes, images = read_images(folder)
-        if not images:
-            raise UserError(f"--predictions: expected images in {folder}, found none")
-        self._images = {image["file_name"]: image for image in images}
-        self._results = read_results(folder / PREDICTIONS)
-        found = {e["category_id"] for entries in self._results.values() for e in entries}
-        if unknown := found - set(range(1, len(self.classes) + 1)):
-            raise UserError(
-                f"{folder / PREDICTIONS}: expected category ids from 1 to {len(self.classes)}, "
-                f"found {', '.join(map(str, sorted(unknown)))}"
-            )
+    def __init__(self, path: Path, threshold: float | None) -> None:
+        self.path = path
+        self.classes: tuple[str, ...] | None = None  # None: a results file does not say
+        self._images: dict[str, dict[str, Any]] | None = None
+        file = path
+        if not path.is_file():
+            file = path / PREDICTIONS
+            self.classes, images = read_images(path)
+            if not images:
+                raise UserError(f"--predictions: expected images in {path}, found none")
+            self._images = {image["file_name"]: image for image in images}
+        self._results = read_results(file)
+        if self.classes is not None:
+            self.check_ids(len(self.classes))
         self._threshold = threshold
 
     @property
     def sizes(self) -> list[tuple[int, int]]:
+        assert self._images is not None
         return [(image["width"], image["height"]) for image in self._images.values()]
 
-    def of(self, name: str, size: tuple[int, int]) -> sv.Detections:
-        """Instances of an image of this (width, height). Raises `UserError` if it was not seen."""
-        image = self._images.get(name)
-        if image is None:
+    def check_ids(self, count: int) -> None:
+        """Raise `UserError` unless all category ids are those of `count` classes."""
+        found = {e["category_id"] for entries in self._results.values() for e in entries}
+        if unknown := found - set(range(1, count + 1)):
+            file = self.path if self._images is None else self.path / PREDICTIONS
             raise UserError(
-                f"--predictions: expected the image {name} in {self.folder}, found none"
+                f"{file}: expected category ids from 1 to {count}, "
+                f"found {', '.join(map(str, sorted(unknown)))}"
             )
-        found = image["width"], image["height"]
-        if found != size:
-            raise UserError(f"--predictions: {name}: expected a size of {size}, found {found}")
+
+    def entries(self, name: str, image_id: int) -> list[dict[str, Any]]:
+        """COCO results of an image, from the threshold on. Raises `UserError` if it was not seen.
+
+        `image_id` is that of the source.
+        """
+        image: dict[str, Any] = {"id": image_id}
+        if self._images is not None:
+            if name not in self._images:
+                raise UserError(
+                    f"--predictions: expected the image {name} in {self.path}, found none"
+                )
+            image = self._images[name]
         threshold = self._threshold
         if threshold is None:
             threshold = image.get("threshold", DEFAULT_THRESHOLD)
-        entries = self._results.get(image["id"], [])
-        return from_coco_results([e for e in entries if e["score"] >= threshold])
+        return [e for e in self._results.get(image["id"], []) if e["score"] >= threshold]
+
+    def of(self, name: str, image_id: int, size: tuple[int, int]) -> sv.Detections:
+        """Instances of an image of this (width, height). Raises `UserError` if it was another."""
+        found = self.entries(name, image_id)
+        image = self._images[name] if self._images is not None else {}
+        sizes = [(image["width"], image["height"])] if image else []
+        sizes += [tuple(e["segmentation"]["size"][::-1]) for e in found if e.get("segmentation")]
+        for other in sizes:
+            if other != size:
+                raise UserError(f"--predictions: {name}: expected a size of {size}, found {other}")
+        return from_coco_results(found)
 
     @property
     def cut(self) -> str:
         """The score from which instances count, in words."""
         if self._threshold is not None:
             return f"{self._threshold:.3g}"
-        found = {i.get("threshold", DEFAULT_THRESHOLD) for i in self._images.values()}
+        images = [] if self._images is None else self._images.values()
+        found = {i.get("threshold", DEFAULT_THRESHOLD) for i in images} or {DEFAULT_THRESHOLD}
         return f"{min(found):.3g}" if len(found) == 1 else f"{min(found):.3g}–{max(found):.3g}"
 
 
 def run(config: OverlayConfig) -> None:
     """Write the video `config.out` and, beside it, its record. Raises `UserError` for bad input."""
     _check_out(config)
-    is_dataset = (config.source / "annotations" / "instances.json").is_file()
-    captions = _captions(config, has_truth=is_dataset)
+    kind = _kind(config.source)
+    _check_known(config, kind)
+    figures = _figures(config.evaluation)
     predictions = Predictions(config.predictions, config.threshold) if config.predictions else None
-    if is_dataset:
-        reel = _dataset_reel(config, predictions)
+    if kind in ANNOTATED:
+        reel = _annotated_reel(config, predictions)
     else:
-        assert predictions is not None  # or there would be nothing to caption
-        reel = _plain_reel(config, predictions)
+        assert predictions is not None  # or there would be nothing to show
+        reel = _plain_reel(config, kind, predictions)
 
     record.record_path(config.out).unlink(missing_ok=True)
     if reel.length == 0:
-        config.out.unlink(missing_ok=True)  # with --force, an older run's errors
-        print("no errors: no video written")
+        _remove(config.out)  # with --force, an older run's errors
+        print(f"no {'errors' if 'errors' in config.only else 'images'}: no video written")
     else:
-        counts = _film(config, reel, captions, predictions)
+        counts = _film(config, reel, predictions, figures)
         if verdicts := [f"{counts[word]} {word}" for word in SEVERITY if counts[word]]:
             print(", ".join(verdicts))
         print(f"video: {config.out} ({counts.total()} images)")
     record.write_record(config.out, "overlay", config)
 
 
-def _film(
-    config: OverlayConfig, reel: Reel, captions: tuple[str, ...], predictions: Predictions | None
-) -> Counter[str | None]:
-    """Draw and encode image by image. Returns how often each verdict was given."""
-    note = (
-        f"score from {predictions.cut} · q: mask quality, by SAM's own estimate"
-        if predictions and "prediction" in captions
-        else ""
-    )
-    drawer = ReviewDrawer(reel.classes, captions, _panel_size(reel.sizes, config.height), note)
-    counts: Counter[str | None] = Counter()
-    with VideoWriter.create(config.out, reel.fps) as video:
-        images = track(
-            reel.images, "overlay", reel.length, console=Console(stderr=True), transient=True
-        )
-        for shot, image in images:
-            size = image.shape[1], image.shape[0]
-            panels = []
-            for caption in captions:
-                if caption == "truth":
-                    assert shot.sample is not None
-                    instances = _truth(shot.sample)
-                else:
-                    assert predictions is not None
-                    instances = predictions.of(shot.name, size)
-                panels.append((instances, _labels(instances, reel.classes)))
-            counts[shot.verdict] += 1
-            aside = f"{counts.total()} / {reel.length}" if reel.length else f"{counts.total()}"
-            if shot.overlap > 0:
-                aside = f"IoU {shot.overlap:.2f}   {aside}"
-            frame = drawer.draw(image, panels, shot.name, shot.verdict, aside)
-            video.write(frame, reel.repeat)
-    return counts
+# ---- What is shown ------------------------------------------------------------------------------
 
 
-def _dataset_reel(config: OverlayConfig, predictions: Predictions | None) -> Reel:
-    """A split, in the order asked for. Verdicts are given first, one image's masks at a time."""
-    dataset = Dataset(config.source)
-    if predictions and predictions.classes != dataset.classes:
+def _annotated_reel(config: OverlayConfig, predictions: Predictions | None) -> Reel:
+    """The images of a split or a COCO file, with verdicts, one image's masks at a time."""
+    if config.source.is_file():
+        classes, samples = read_coco(config.source, config.images)
+    else:
+        dataset = Dataset(config.source)
+        classes, samples = dataset.classes, dataset.split(config.split, config.fold)
+    if predictions and predictions.classes is None:
+        predictions.check_ids(len(classes))
+    elif predictions and predictions.classes != classes:
         raise UserError(
-            f"--predictions: expected the classes {', '.join(dataset.classes)}, "
-            f"found {', '.join(predictions.classes)}"
+            f"--predictions: expected the classes {', '.join(classes)}, "
+            f"found {', '.join(predictions.classes or ())}"
         )
-    samples = dataset.split(config.split, config.fold)
     if not samples:
         raise UserError(f"{config.source}: expected images in the split {config.split}, found none")
-    shots = [_judge(sample, predictions) for sample in samples]
-    if config.only == "errors":
-        shots = [shot for shot in shots if shot.verdict in ERRORS]
-    shots.sort(key=_by_error if config.order == "error" else _by_class)
-    return Reel(
-        dataset.classes,
-        [(shot.sample.width, shot.sample.height) for shot in shots if shot.sample],
-        len(shots),
-        ((shot, shot.sample.image()) for shot in shots if shot.sample),
-        *_pace(config.seconds_per_image),
-    )
+    keeps = _filter(config.only, classes)
+    shots = [
+        shot
+        for sample in samples
+        if keeps(shot := _judge(sample, predictions), _class_ids(shot, predictions))
+    ]
+    shots.sort(key=ORDERS[config.order or "class"])
+    sizes = [(shot.sample.width, shot.sample.height) for shot in shots if shot.sample]
+    return _image_reel(config, classes, sizes, shots)
 
 
-def _plain_reel(config: OverlayConfig, predictions: Predictions) -> Reel:
-    """A folder or a video, in its own order; a video keeps its frame rate."""
-    fps, repeat = _pace(config.seconds_per_image)
-    if config.source.is_file():
-        fps, repeat = probe(config.source).fps, 1
-    return Reel(
-        predictions.classes,
-        predictions.sizes,
-        count_frames(config.source),
-        ((Shot(frame.name), frame.image) for frame in frames(config.source)),
-        fps,
-        repeat,
-    )
+def _plain_reel(config: OverlayConfig, kind: str, predictions: Predictions) -> Reel:
+    """A folder, or the frames of a video in their order."""
+    if predictions.classes is None:
+        raise UserError(
+            "--predictions: expected an output folder of `pipeline segment` for "
+            f"{config.source}, found the file {predictions.path}"
+        )
+    keeps = _filter(config.only, predictions.classes)
+    if kind == "folder":
+        paths = list_images(config.source)
+        if not paths:
+            raise UserError(f"{config.source}: expected a folder of images, found none in it")
+        shots = [_guess(path.name, i, path, predictions) for i, path in enumerate(paths, start=1)]
+        shots = [shot for shot in shots if keeps(shot, _class_ids(shot, predictions))]
+        shots.sort(key=ORDERS[config.order or "file"])
+        return _image_reel(config, predictions.classes, predictions.sizes, shots)
+    rate = probe(config.source).fps
+    fps = rate if config.fps is None else Fraction(config.fps).limit_denominator(1001)
+
+    def pictures() -> Iterator[tuple[Shot, np.ndarray, int]]:
+        shown = 0  # frames of the source
+        for frame in frames(config.source):
+            shot = _guess(frame.name, frame.image_id, None, predictions)
+            if keeps(shot, _class_ids(shot, predictions)):
+                shown += 1
+                repeat = math.ceil(shown * fps / rate) - math.ceil((shown - 1) * fps / rate)
+                yield shot, frame.image, repeat
+
+    length = None if config.only else count_frames(config.source)
+    return Reel(predictions.classes, predictions.sizes, None, pictures(), length, fps)
+
+
+def _image_reel(
+    config: OverlayConfig,
+    classes: tuple[str, ...],
+    sizes: list[tuple[int, int]],
+    shots: list[Shot],
+) -> Reel:
+    fps, repeat = _pace(config)
+    pictures = ((shot, read_image(shot.path), repeat) for shot in shots if shot.path)
+    return Reel(classes, sizes, shots, pictures, len(shots), fps)
 
 
 def _judge(sample: Sample, predictions: Predictions | None) -> Shot:
+    shot = Shot(sample.path.name, sample.image_id, sample.path, sample, sample.label)
     if predictions is None:
-        return Shot(sample.path.name, sample)
+        return shot
     truth = _truth(sample)
-    predicted = predictions.of(sample.path.name, (sample.width, sample.height))
-    assert predicted.confidence is not None
+    predicted = predictions.of(shot.name, shot.image_id, (sample.width, sample.height))
     overlaps = [_iou(truth, t, predicted, p) for t, p in match(truth, predicted)]
-    return Shot(
-        sample.path.name,
-        sample,
-        verdict(truth, predicted),
-        sum(overlaps) / max(len(truth), 1),
-        max((float(score) for score in predicted.confidence), default=0.0),
+    return replace(
+        shot,
+        verdict=verdict(truth, predicted),
+        overlap=sum(overlaps) / max(len(truth), 1),
+        score=_best(predicted.confidence),
     )
+
+
+def _guess(name: str, image_id: int, path: Path | None, predictions: Predictions) -> Shot:
+    """An image without truth: it shows what its surest box says."""
+    best = max(predictions.entries(name, image_id), key=lambda e: float(e["score"]), default=None)
+    if best is None:
+        return Shot(name, image_id, path)
+    return Shot(name, image_id, path, label=best["category_id"] - 1, score=best["score"])
 
 
 def _truth(sample: Sample) -> sv.Detections:
@@ -229,16 +292,160 @@ def _iou(truth: sv.Detections, t: int, predicted: sv.Detections, p: int) -> floa
     return masks.iou(np.asarray(truth.mask[t]), np.asarray(predicted.mask[p]))
 
 
+def _best(scores: np.ndarray | None) -> float:
+    return 0.0 if scores is None else float(scores.max(initial=0.0))
+
+
+def _class_ids(shot: Shot, predictions: Predictions | None) -> set[int]:
+    """Category ids of what an image shows, in truth or prediction; empty for a good one."""
+    found = list(shot.sample.annotations) if shot.sample else []
+    found += predictions.entries(shot.name, shot.image_id) if predictions else []
+    return {entry["category_id"] for entry in found}
+
+
+def _filter(only: Sequence[str], classes: Sequence[str]) -> Callable[[Shot, set[int]], bool]:
+    """Whether an image is shown, given its category ids. Raises `UserError` for other classes."""
+    names = [item.removeprefix("class=") for item in only if item != "errors"]
+    if unknown := [name for name in names if name not in (*classes, GOOD)]:
+        known = ", ".join((*classes, GOOD))
+        raise UserError(f"--only: expected one of the classes {known}, found {unknown[0]}")
+    wanted = {classes.index(name) + 1 for name in names if name in classes}
+
+    def keeps(shot: Shot, found: set[int]) -> bool:
+        if "errors" in only and shot.verdict not in ERRORS:
+            return False
+        return not names or bool(found & wanted) or (not found and GOOD in names)
+
+    return keeps
+
+
 def _by_class(shot: Shot) -> tuple[bool, int, str]:
     """Defects in the order of the class list, then good images."""
-    label = shot.sample.label if shot.sample else -1
-    return label < 0, label, shot.name
+    return shot.label < 0, shot.label, shot.name
 
 
-def _by_error(shot: Shot) -> tuple[int, float, str]:
-    """Worst first: misses and wrong classes, false alarms by falling score, hits by rising IoU."""
+def _by_score(shot: Shot) -> tuple[float, str]:
+    return -shot.score, shot.name
+
+
+def _worst_first(shot: Shot) -> tuple[int, float, str]:
+    """Misses and wrong classes, false alarms by falling score, hits by rising IoU."""
     rank = SEVERITY[shot.verdict or "correct"]
     return rank, -shot.score if shot.verdict == "false alarm" else shot.overlap, shot.name
+
+
+ORDERS: dict[str, Callable[[Shot], Any]] = {
+    "file": lambda shot: shot.name,
+    "class": _by_class,
+    "score": _by_score,
+    "worst": _worst_first,
+}
+
+
+def _chapters(config: OverlayConfig, reel: Reel, repeat: int, card: int) -> list[Chapter]:
+    """Chapters for the title card and each class, in worst-first order for each verdict.
+
+    Without such an order, as by score, classes come again and again: then there are none.
+    """
+    if reel.shots is None:
+        return []
+    worst = config.order == "worst"
+    names = [
+        (shot.verdict or "") if worst else GOOD if shot.label < 0 else reel.classes[shot.label]
+        for shot in reel.shots
+    ]
+    runs = [(name, len(list(same))) for name, same in itertools.groupby(names)]
+    if len(runs) > len(set(names)):
+        return []
+    title = [Chapter("title", card)] if card else []
+    return title + [Chapter(name, repeat * count) for name, count in runs]
+
+
+# ---- Drawing and encoding -----------------------------------------------------------------------
+
+
+def _film(
+    config: OverlayConfig, reel: Reel, predictions: Predictions | None, figures: list[Any]
+) -> Counter[str | None]:
+    """Draw and encode image by image. Returns how often each verdict was given."""
+    views = _views(config, predictions is not None)
+    note = ""
+    if predictions and any("prediction" in view for view in views):
+        note = f"score from {predictions.cut} · q: mask quality, by SAM's own estimate"
+    size = _panel_size(reel.sizes, config.height)
+    drawers = [ReviewDrawer(reel.classes, view, size, note) for view in views]
+    card = round(config.title_seconds * reel.fps)
+    _, repeat = _pace(config)
+    counts: Counter[str | None] = Counter()
+    with writers.create(config.out, reel.fps, _chapters(config, reel, repeat, card)) as video:
+        if card:
+            video.write(drawers[0].card(_card(config, reel, predictions, figures)), card)
+        pictures = track(
+            _ahead(reel.pictures),
+            "overlay",
+            reel.length,
+            console=Console(stderr=True),
+            transient=True,
+        )
+        time = 0  # frames, of pictures
+        for shot, image, stays in pictures:
+            counts[shot.verdict] += 1
+            aside = f"{counts.total()} / {reel.length}" if reel.length else f"{counts.total()}"
+            if shot.overlap > 0:
+                aside = f"IoU {shot.overlap:.2f}   {aside}"
+            panels = _panels(shot, image, reel.classes, predictions)
+            shown = [panels[caption][0] for caption in dict.fromkeys(itertools.chain(*views))]
+            details = np.vstack([instances.xyxy for instances in shown]) if config.inset else None
+            drawn: dict[int, np.ndarray] = {}
+            for view, part in _parts(config, len(views), reel, time, stays):
+                if view not in drawn:
+                    chosen = [panels[caption] for caption in views[view]]
+                    drawn[view] = drawers[view].draw(
+                        image, chosen, shot.name, shot.verdict, aside, details
+                    )
+                video.write(drawn[view], part)
+            time += stays
+    return counts
+
+
+def _views(config: OverlayConfig, has_predictions: bool) -> list[tuple[str, ...]]:
+    """The captions of the panels that are seen together; views take turns."""
+    known = ("truth",) * (_kind(config.source) in ANNOTATED) + ("prediction",) * has_predictions
+    if config.layout == "side-by-side":
+        return [known]
+    if config.layout == "blink":
+        return [(caption,) for caption in (known if len(known) == 2 else ("image", *known))]
+    return [(config.layout,)]
+
+
+def _parts(
+    config: OverlayConfig, views: int, reel: Reel, time: int, stays: int
+) -> list[tuple[int, int]]:
+    """Which view a picture has for how many frames, from frame `time` on for `stays` frames."""
+    if stays == 0:
+        return []
+    if views == 1:
+        return [(0, stays)]
+    if reel.shots is None:  # a video goes on while its views take turns
+        return [(int(time / reel.fps / BLINK) % views, stays)]
+    turns = views * max(1, min(round(stays / reel.fps / BLINK), stays) // views)
+    if not config.out.suffix:  # numbered pictures: one of each
+        turns = views
+    ends = [round(turn * stays / turns) for turn in range(turns + 1)]
+    return [(turn % views, ends[turn + 1] - ends[turn]) for turn in range(turns)]
+
+
+def _panels(
+    shot: Shot, image: np.ndarray, classes: tuple[str, ...], predictions: Predictions | None
+) -> dict[str, Panel]:
+    """What a panel of each caption shows."""
+    instances = {"image": sv.Detections.empty()}
+    if shot.sample is not None:
+        instances["truth"] = _truth(shot.sample)
+    if predictions is not None:
+        size = image.shape[1], image.shape[0]
+        instances["prediction"] = predictions.of(shot.name, shot.image_id, size)
+    return {caption: (found, _labels(found, classes)) for caption, found in instances.items()}
 
 
 def _labels(instances: sv.Detections, classes: tuple[str, ...]) -> list[str]:
@@ -255,9 +462,73 @@ def _labels(instances: sv.Detections, classes: tuple[str, ...]) -> list[str]:
     return labels
 
 
-def _pace(seconds: float) -> tuple[Fraction, int]:
-    """Frames per second, and frames per image so that each stays exactly as long as asked."""
-    repeat = max(1, round(seconds * IMAGE_RATE))
+def _card(
+    config: OverlayConfig,
+    reel: Reel,
+    predictions: Predictions | None,
+    figures: Sequence[tuple[str, str]],
+) -> Card:
+    about = config.source.resolve().name
+    if _kind(config.source) == "dataset":
+        about += f", {config.split} split"
+        if config.fold is not None:
+            about += " of all folds" if config.fold == "all" else f" of fold {config.fold}"
+    if reel.length is not None:
+        about += f": {reel.length} images"
+    if config.only:
+        about += f" (only {', '.join(config.only)})"
+    lines = [about] + ([f"score from {predictions.cut}"] if predictions else [])
+    labels = Counter(shot.label for shot in reel.shots or ())
+    verdicts = Counter(shot.verdict for shot in reel.shots or ())
+    return Card(
+        config.title or config.out.resolve().parent.name,
+        lines,
+        figures,
+        {k: f"{name}: {labels[k]}" for k, name in enumerate(reel.classes) if reel.shots},
+        {word: verdicts[word] for word in SEVERITY if verdicts[word]},
+    )
+
+
+def _figures(evaluation: Path | None) -> list[tuple[str, str]]:
+    """Names and values for the title card, of an evaluation's metrics.json."""
+    if evaluation is None:
+        return []
+    path = evaluation / "metrics.json"
+    metrics = read_json(path)
+    if not isinstance(metrics, dict):
+        raise UserError(f"{path}: expected the figures of an evaluation, found other JSON")
+    figures = []
+    for name, keys in FIGURES:
+        value: Any = metrics
+        for key in keys:
+            value = value.get(key) if isinstance(value, dict) else None
+        if isinstance(value, int | float):
+            figures.append((name, f"{value:.2f}"))
+    if isinstance(metrics.get("missed"), list):
+        figures.append(("missed defects", f"{len(metrics['missed'])} of {metrics['instances']}"))
+    return figures
+
+
+def _ahead(items: Iterable[T], count: int = 2) -> Iterator[T]:
+    """The items, of which a thread makes the next `count` while the last one is in use."""
+    iterator, end = iter(items), object()
+    with ThreadPoolExecutor(1) as pool:
+        coming: deque[Any] = deque(pool.submit(next, iterator, end) for _ in range(count))
+        while (item := coming.popleft().result()) is not end:
+            coming.append(pool.submit(next, iterator, end))
+            yield item
+
+
+def _pace(config: OverlayConfig) -> tuple[Fraction, int]:
+    """Frames per second, and frames per image.
+
+    Where the rate is not given, it is such that each image stays exactly as long as asked.
+    """
+    seconds, least = config.seconds_per_image, 2 if config.layout == "blink" else 1
+    if config.fps is not None:
+        fps = Fraction(config.fps).limit_denominator(1001)
+        return fps, max(least, round(seconds * fps))
+    repeat = max(least, round(seconds * IMAGE_RATE))
     return Fraction(repeat / seconds).limit_denominator(1000), repeat
 
 
@@ -267,30 +538,62 @@ def _panel_size(sizes: list[tuple[int, int]], height: int) -> tuple[int, int]:
     return round(height * min(max(aspect, 1 / WIDEST_PANEL), WIDEST_PANEL)), height
 
 
-def _captions(config: OverlayConfig, has_truth: bool) -> tuple[str, ...]:
-    """The panels to show. Raises `UserError` for what source and predictions cannot give."""
-    has_predictions = config.predictions is not None
+# ---- Checks -------------------------------------------------------------------------------------
+
+
+def _kind(source: Path) -> str:
+    """'dataset', 'COCO file', 'folder' or 'video'. Raises `UserError` when nothing is there."""
+    if not source.exists():
+        raise UserError(
+            "--source: expected a dataset, a COCO file, a folder of images or a video, "
+            f"found nothing at {source}"
+        )
+    if source.is_dir():
+        return "dataset" if (source / "annotations" / "instances.json").is_file() else "folder"
+    return "COCO file" if source.suffix.lower() == ".json" else "video"
+
+
+def _check_known(config: OverlayConfig, kind: str) -> None:
+    """Raise `UserError` for what source and predictions cannot give."""
+    has_truth, has_predictions = kind in ANNOTATED, config.predictions is not None
     problems = []
-    if not config.source.exists():
-        problems.append(f"--source: expected a folder or a video, found nothing at {config.source}")
-    elif config.show == "truth" and not has_truth:
-        problems.append(f"--show: expected a dataset for 'truth', found none in {config.source}")
-    elif not has_predictions and (config.show == "prediction" or not has_truth):
+    if config.layout == "truth" and not has_truth:
+        problems.append(
+            f"--layout: expected a dataset or a COCO file for 'truth', found the {kind} "
+            f"{config.source}"
+        )
+    if not has_predictions and (config.layout == "prediction" or not has_truth):
         problems.append(
             "--predictions: expected an output folder of `pipeline segment`, found none"
         )
-    elif not (has_truth and has_predictions):
-        what = "expected a dataset and predictions for verdicts, found only one of them"
-        problems += [f"--order: {what}"] if config.order == "error" else []
-        problems += [f"--only: {what}"] if config.only == "errors" else []
+    if not (has_truth and has_predictions):
+        what = "expected truth and predictions for verdicts, found only one of them"
+        problems += [f"--order: {what}"] if config.order == "worst" else []
+        problems += [f"--only: {what}"] if "errors" in config.only else []
+    if config.order == "score" and (kind == "video" or not has_predictions):
+        found = (
+            f"a video, which keeps its own order: {config.source}" if has_predictions else "none"
+        )
+        problems.append(f"--order: expected predictions of images for 'score', found {found}")
     if problems:
         raise UserError(*problems)
-    if config.show != "both":
-        return (config.show,)
-    return ("truth",) * has_truth + ("prediction",) * has_predictions
 
 
 def _check_out(config: OverlayConfig) -> None:
-    if config.out.suffix.lower() != ".mp4":
-        raise UserError(f"--out: expected a file ending in .mp4, found {config.out}")
-    record.claim_file(config.out, config.force)
+    suffix = config.out.suffix.lower()
+    if suffix not in writers.SUFFIXES:
+        raise UserError(
+            "--out: expected a file ending in .mp4, .webm or .gif, or a folder without a dot in "
+            f"its name, found {config.out}"
+        )
+    if suffix:
+        record.claim_file(config.out, config.force)
+    else:
+        record.check_folder(config.out, config.force)
+
+
+def _remove(out: Path) -> None:
+    if out.is_dir():
+        shutil.rmtree(out)
+    else:
+        out.unlink(missing_ok=True)

@@ -109,6 +109,8 @@ def _stages(config: RunConfig) -> Iterator[tuple[str, dict[str, Any]]]:
         "source": data,
         "fold": fold,
         "predictions": predictions,
+        "evaluation": evaluate["out"],
+        "title": out.name if fold in (None, "all") else f"{out.name}, fold {fold}",
         "split": config.evaluate.get("split", "test"),
         "out": together / "review.mp4",
         **config.overlay,
