@@ -8,6 +8,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, get_args
 
+import av
 import cv2
 import numpy as np
 import pytest
@@ -93,8 +94,13 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def configured(root: Path, out: Path, **options: Any) -> OverlayConfig:
-    values = {"source": root / "data", "predictions": root / "predictions", "out": out}
-    return build(OverlayConfig, (values | {"height": 200, "seconds_per_image": 0.1, "title_seconds": 0} | options))
+    values: dict[str, Any] = {
+        "source": root / "data",
+        "predictions": root / "predictions",
+        "out": out,
+    }
+    values |= {"height": 200, "seconds_per_image": 0.1, "title_seconds": 0}
+    return build(OverlayConfig, values | options)
 
 
 def film(root: Path, out: Path, **options: Any) -> list[np.ndarray]:
@@ -316,6 +322,219 @@ def test_memory_does_not_grow_with_the_images(tmp_path: Path) -> None:
 
     peak(3)  # fonts and imports
     assert peak(120) - peak(20) < 800_000
+
+
+def test_side_by_side_shows_each_panel_under_its_caption_and_blink_both_in_turn(
+    root: Path, tmp_path: Path
+) -> None:
+    """Blink has the frames of the two layouts that show one alone, in turn, but for the time."""
+    options: dict[str, Any] = {"seconds_per_image": 2.0, "only": "class=stain"}
+    blink = film(root, tmp_path / "blink.mp4", layout="blink", **options)
+    alone = [film(root, tmp_path / f"{one}.mp4", layout=one, **options) for one in LAYOUTS_OF_ONE]
+    assert len(blink) == len(alone[0]) == 100  # 5 images of 20 frames
+    for i, shown in enumerate(blink):
+        turn = i % 20 // 5  # half a second each
+        distance = [np.abs(one[i].astype(int) - shown).mean() for one in alone]
+        assert np.argmin(distance) == turn % 2 or distance[0] == pytest.approx(distance[1], abs=0.5)
+    miss = [np.abs(alone[0][i].astype(int) - alone[1][i]).mean() for i in (25, 45)]
+    assert min(miss) > 0.5  # stain__a and stain__b differ in their panels, so turns were seen
+
+
+LAYOUTS_OF_ONE = ("truth", "prediction")
+
+
+def test_blink_without_truth_shows_the_bare_image(root: Path, tmp_path: Path) -> None:
+    images = root / "data" / "images"
+    shown = film(root, tmp_path / "a.mp4", source=images, layout="blink", seconds_per_image=1.0)
+    stain = np.array(palette.CLASS_COLOURS.by_idx(0).as_bgr())
+    painted = [(np.abs(f[70:190].astype(int) - stain).max(axis=2) < 40).sum() for f in shown[:10]]
+    assert max(painted[:5]) == 0 and min(painted[5:]) > 50
+
+
+@pytest.mark.parametrize(
+    ("options", "levels"),
+    [
+        ({"order": "file"}, [40, 60, 80, 100, 120, 140, 160, 180, 200]),
+        ({"order": "score"}, [40, 200, 60, 80, 140, 120, 100, 160, 180]),
+        ({"order": "score", "source": "images"}, [40, 200, 60, 80, 140, 120, 100, 160, 180]),
+        ({"order": "class", "source": "images"}, [40, 60, 80, 120, 140, 200, 100, 160, 180]),
+        ({"only": ["class=stain"]}, [80, 180, 200, 120, 140]),  # in truth or prediction
+        ({"only": ["class=good"]}, [100, 160]),
+        ({"only": ["class=good", "class=crack"]}, [40, 60, 80, 100, 160]),
+        ({"only": ["errors", "class=crack"]}, [80]),
+        ({"only": "class=crack", "source": "images"}, [40, 60]),
+    ],
+)
+def test_order_and_choice(
+    root: Path, tmp_path: Path, options: dict[str, Any], levels: list[int]
+) -> None:
+    if options.get("source") == "images":
+        options = options | {"source": root / "data" / "images"}
+    assert [level_of(image) for image in film(root, tmp_path / "a.mp4", **options)] == levels
+
+
+def chapters(path: Path) -> list[tuple[str, float, float]]:
+    with av.open(str(path)) as container:
+        found = container.chapters()
+    return [
+        (c["metadata"]["title"], round(float(c["start"] * c["time_base"]), 2),
+         round(float(c["end"] * c["time_base"]), 2))
+        for c in found
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, [("crack", 0, 0.3), ("stain", 0.3, 0.5), ("good", 0.5, 0.9)]),
+        (
+            {"order": "worst", "only": "errors"},
+            [],  # a miss and a wrong class are equally bad, and so they are mixed
+        ),
+        ({"order": "worst", "only": "class=good"}, [("correct", 0, 0.2)]),
+        ({"order": "file"}, [("crack", 0, 0.3), ("good", 0.3, 0.7), ("stain", 0.7, 0.9)]),
+        ({"order": "score"}, []),
+        ({"title_seconds": 2.0}, [("title", 0, 2), ("crack", 2, 2.3), ("stain", 2.3, 2.5),
+                                  ("good", 2.5, 2.9)]),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("suffix", [".mp4", ".webm"])
+def test_chapters(
+    root: Path, tmp_path: Path, options: dict[str, Any], expected: list[Any], suffix: str
+) -> None:
+    overlay.run(configured(root, tmp_path / f"a{suffix}", **options))
+    assert chapters(tmp_path / f"a{suffix}") == expected
+
+
+def test_the_title_card_says_what_was_measured(root: Path, tmp_path: Path) -> None:
+    """Each of name, source, figures and verdicts changes the card; the picture has its size."""
+
+    def card(**options: Any) -> np.ndarray:
+        out = tmp_path / "frames"
+        overlay.run(configured(root, out, title_seconds=1.0, force=True, **options))
+        assert len(list(out.glob("*.png"))) == 10
+        image = cv2.imread(str(out / "000001.png"))
+        assert image.shape == cv2.imread(str(out / "000002.png")).shape
+        return image
+
+    def evaluation(value: float) -> Path:
+        metrics = {"box": {"map50": value}, "mask": None, "missed": [{}], "instances": 3}
+        write_json(tmp_path / "evaluation" / "metrics.json", metrics)
+        return tmp_path / "evaluation"
+
+    plain = card(title="run 7")
+    assert (plain == card(title="run 7")).all()
+    assert (plain != card(title="run 8")).any()
+    one, other = (card(title="run 7", evaluation=evaluation(v)) for v in (0.25, 0.75))
+    changed = np.nonzero((one != other).any(axis=2))
+    assert changed[0].max() - changed[0].min() < 20  # one line, and the end of it
+    assert changed[1].max() - changed[1].min() < 40
+    misses = np.abs(plain.astype(int) - palette.VERDICT_COLOURS["miss"].as_bgr()).max(axis=2) < 3
+    assert misses.sum() > 100  # the pill that counts them
+
+
+@pytest.mark.parametrize(
+    ("fps", "seconds", "frames_per_image", "rate"),
+    [(25.0, 1.0, 25, 25), (29.97, 0.5, 15, Fraction(2997, 100)), (2.0, 0.5, 1, 2)],
+)
+def test_a_given_rate(
+    root: Path, tmp_path: Path, fps: float, seconds: float, frames_per_image: int, rate: Fraction
+) -> None:
+    out = tmp_path / "a.mp4"
+    overlay.run(configured(root, out, fps=fps, seconds_per_image=seconds))
+    info = probe(out)
+    assert info.frames == 9 * frames_per_image
+    assert float(info.fps) == pytest.approx(float(rate), rel=1e-3)
+
+
+@pytest.mark.parametrize(("fps", "count"), [(12.0, 12), (24.0, 24), (48.0, 48), (1.0, 1)])
+def test_a_video_lasts_as_long_at_another_rate(tmp_path: Path, fps: float, count: int) -> None:
+    source = belt(tmp_path, [100] * 24)
+    out = tmp_path / "a.mp4"
+    overlay.run(configured(tmp_path, out, source=source, fps=fps))
+    assert (probe(out).frames, probe(out).fps) == (count, fps)
+
+
+def belt(root: Path, levels: list[int]) -> Path:
+    """A video of 24 frames a second, and predictions without instances for it."""
+    source = root / "belt.mp4"
+    with create(source, Fraction(24)) as video:
+        for level in levels:
+            video.write(np.full((SIZE, SIZE, 3), level, np.uint8))
+    images = [
+        {"id": i, "file_name": f"belt_{i - 1:06d}", "width": SIZE, "height": SIZE}
+        for i in range(1, len(levels) + 1)
+    ]
+    write_predictions(root / "predictions", [], images, CLASSES)
+    return source
+
+
+@pytest.mark.parametrize("name", ["a.webm", "a.gif", "a"])
+def test_other_containers_show_the_same(root: Path, tmp_path: Path, name: str) -> None:
+    out = tmp_path / name
+    overlay.run(configured(root, out))
+    images = [f.image for f in frames(out)][: len(BY_CLASS)]
+    assert [level_of(image) for image in images] == BY_CLASS
+    verdicts = {level: verdict for _, level, _, _, verdict in IMAGES}
+    assert [verdict_of(image) for image in images] == [verdicts[level] for level in BY_CLASS]
+    with pytest.raises(UserError, match="--force"):
+        overlay.run(configured(root, out))
+    overlay.run(configured(root, out, force=True, only="class=good"))
+    assert len(list(frames(out))) in (2, 3)  # GIF repeats its last
+
+
+def test_a_folder_of_other_things_is_kept(root: Path, tmp_path: Path) -> None:
+    (tmp_path / "frames").mkdir()
+    (tmp_path / "frames" / "holiday.png").write_bytes(b"mine")
+    with pytest.raises(UserError, match="found other files"):
+        overlay.run(configured(root, tmp_path / "frames", force=True))
+    assert (tmp_path / "frames" / "holiday.png").read_bytes() == b"mine"
+
+
+def test_a_coco_file_with_a_results_file(root: Path, tmp_path: Path) -> None:
+    """The same as the dataset it was taken from: ids of images and categories are other ones."""
+    coco = read_json(root / "data" / "annotations" / "instances.json")
+    for image in coco["images"]:
+        image["id"] += 500
+    for entry in coco["annotations"]:
+        entry["image_id"] += 500
+        entry["category_id"] = {1: 77, 2: 5}[entry["category_id"]]
+    coco["categories"] = [{"id": 77, "name": "crack"}, {"id": 5, "name": "stain"}]
+    write_json(tmp_path / "some.json", coco)
+    results = read_json(root / "predictions" / "predictions.json")
+    for entry in results:
+        entry["image_id"] += 500
+    write_json(tmp_path / "results.json", results)
+    options: dict[str, Any] = {
+        "source": tmp_path / "some.json", "images": root / "data" / "images", "order": "worst",
+    }  # fmt: skip
+    for predictions in (root / "predictions", tmp_path / "results.json"):
+        shown = film(root, tmp_path / "a.mp4", predictions=predictions, force=True, **options)
+        assert [level_of(image) for image in shown] == BY_ERROR
+        verdicts = {level: verdict for _, level, _, _, verdict in IMAGES}
+        assert [verdict_of(image) for image in shown] == [verdicts[level] for level in BY_ERROR]
+
+
+def test_small_defects_are_enlarged_in_every_panel_alike(root: Path, tmp_path: Path) -> None:
+    """A black spot of 4 pixels in 100 has about 4 x 4 at a panel of 100, and much more enlarged."""
+    image = np.full((SIZE, SIZE, 3), 128, np.uint8)
+    image[50:54, 70:74] = 0
+    drawer = draw.ReviewDrawer(CLASSES, ("truth", "prediction"), (200, 200))
+    nothing: tuple[sv.Detections, list[str]] = (sv.Detections.empty(), [])
+    box = np.array([[70, 50, 74, 54]], np.float32)
+
+    def dark(details: np.ndarray | None) -> np.ndarray:
+        frame = drawer.draw(image, [nothing, nothing], "", None, "", details)
+        return (frame[60:] == 0).all(axis=2)
+
+    half = drawer.size[0] // 2
+    plain, enlarged = dark(None), dark(box)
+    for part in (np.s_[:, :half], np.s_[:, half:]):
+        assert enlarged[part].sum() - plain[part].sum() > 500
+    large = np.array([[10, 10, 80, 80]], np.float32)
+    assert (dark(large) == plain).all()
+    everywhere = np.array([[0, 0, 100, 100]], np.float32)  # no corner is free
+    assert (dark(np.vstack([box, everywhere])) == plain).all()
 
 
 def detections(*boxes: tuple[int, int, int, int], masks: bool = True) -> sv.Detections:

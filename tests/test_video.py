@@ -5,7 +5,6 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
-import time
 import wave
 from fractions import Fraction
 from pathlib import Path

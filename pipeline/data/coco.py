@@ -184,6 +184,8 @@ def _image_folder(path: Path, name: str) -> Path:
 def _run_lengths(shape: Any, height: int, width: int) -> dict[str, Any]:
     """Compressed run lengths of polygons or of run lengths of any kind."""
     if isinstance(shape, list):
+        if any(len(polygon) < 6 or len(polygon) % 2 for polygon in shape):
+            raise ValueError("a polygon of fewer than three points")
         rle = coco_mask.merge(coco_mask.frPyObjects(shape, height, width))
     elif isinstance(shape["counts"], list):
         rle = coco_mask.frPyObjects(shape, height, width)

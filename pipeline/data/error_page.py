@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 import cv2
 import jinja2
@@ -21,6 +21,7 @@ from pipeline.data.box_errors import BoxErrors, Kind
 from pipeline.data.dataset import GOOD, Sample
 from pipeline.data.draw import ReviewDrawer
 from pipeline.data.files import atomic_folder, write_text
+from pipeline.data.paint import crop
 from pipeline.errors import UserError
 
 SHOWN_FROM = 0.05  # score from which a box is drawn
@@ -116,14 +117,14 @@ def _draw(
         return None
     window = _window(mistake.box, image.shape[:2])
     x1, y1, x2, y2 = window
-    crop = np.ascontiguousarray(image[y1:y2, x1:x2])
+    cut = np.ascontiguousarray(image[y1:y2, x1:x2])
     truth, seen = mistake.shot.sample.truth, mistake.shot.seen
     if seen.confidence is not None:
-        seen = seen[seen.confidence >= SHOWN_FROM]
+        seen = cast(sv.Detections, seen[seen.confidence >= SHOWN_FROM])
     names = {}
     for side, instances in (("truth", truth), ("model", seen)):
         placed = crop(instances, window)
-        picture = drawer.panel(crop, placed, _labels(placed, classes))
+        picture = drawer.panel(cut, placed, _labels(placed, classes))
         names[side] = f"{number:04}_{side}.jpg"
         encoded = cv2.imencode(".jpg", picture, [cv2.IMWRITE_JPEG_QUALITY, 85])[1]
         (work / names[side]).write_bytes(encoded.tobytes())

@@ -158,7 +158,7 @@ def label_spots(
             for bottom in (y1 - row * height, y2 + (row + 1) * height)
             for left in (x1, x2 - width)
         ] + [(x2, y1 + height, 1), (x1 - width, y1 + height, 1)]
-        ways += [(left, bottom, 0.5) for bottom in (y1 + height, y2) for left in (x1, x2 - width)]
+        ways += [(left, bottom, 1) for bottom in (y1 + height, y2) for left in (x1, x2 - width)]
         lefts, bottoms, far = np.array(ways, float).T
         lefts = np.clip(lefts, 0, max(0, area[0] - width - 1))
         bottoms = np.clip(bottoms, height, max(height, area[1] - 1))

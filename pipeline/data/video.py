@@ -10,6 +10,7 @@ from pathlib import Path
 
 import av
 import numpy as np
+from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
 from pipeline.data.files import list_images, read_image
@@ -53,7 +54,7 @@ def frames(source: Path) -> Iterator[Frame]:
     with _open_video(source) as (container, stream):
         stream.thread_type = "AUTO"
         try:
-            for index, frame in enumerate(container.decode(stream)):
+            for index, frame in enumerate(_decoded(source, container, stream)):
                 # The turn that players apply to, say, a telephone's upright recording.
                 image = np.rot90(frame.to_ndarray(format="bgr24"), frame.rotation // 90)
                 name = f"{source.stem}_{index:06d}"
@@ -64,6 +65,16 @@ def frames(source: Path) -> Iterator[Frame]:
             ) from None
     if index < 0:
         raise UserError(f"{source}: expected a video with frames, found none in it")
+
+
+def _decoded(
+    source: Path, container: av.container.InputContainer, stream: VideoStream
+) -> Iterator[VideoFrame]:
+    """The frames. Raises `UserError` where the file is cut short: FFmpeg would just end there."""
+    for packet in container.demux(stream):
+        if packet.is_corrupt:
+            raise UserError(f"{source}: expected whole frames, found the end inside of one")
+        yield from packet.decode()
 
 
 def count_frames(source: Path) -> int | None:

@@ -18,6 +18,7 @@ import av
 import cv2
 import numpy as np
 from av.container import OutputContainer
+from av.video.format import VideoFormat
 from av.video.frame import PictureType
 from av.video.reformatter import ColorRange, Colorspace
 from av.video.stream import VideoStream
@@ -149,9 +150,10 @@ class VideoWriter:
 
     def _add_stream(self, width: int, height: int) -> VideoStream:
         encoding = self._encoding
-        stream: VideoStream = self._container.add_stream(
+        stream = self._container.add_stream(
             encoding.codec, rate=self._fps, options=dict(encoding.options)
         )
+        assert isinstance(stream, VideoStream)
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         stream.time_base = 1 / self._fps
         context = stream.codec_context
@@ -216,16 +218,18 @@ class GifWriter:
                 reduced = self._graph.pull()
             except (av.BlockingIOError, av.EOFError):
                 return
+            assert isinstance(reduced, av.VideoFrame)
             self._container.mux(self._stream.encode(reduced))
 
     def _add_stream(self, width: int, height: int) -> VideoStream:
         """The stream, and the filters before it: the colours of a picture, and their dithering."""
-        stream: VideoStream = self._container.add_stream("gif", rate=self._fps)
+        stream = self._container.add_stream("gif", rate=self._fps)
+        assert isinstance(stream, VideoStream)
         stream.width, stream.height, stream.pix_fmt = width, height, "pal8"
         stream.time_base = 1 / self._fps
         graph = self._graph
         source = graph.add_buffer(
-            width=width, height=height, format="bgr24", time_base=1 / self._fps
+            width=width, height=height, format=VideoFormat("bgr24"), time_base=1 / self._fps
         )
         split, sink = graph.add("split"), graph.add("buffersink")
         palette = graph.add("palettegen", "stats_mode=single")
@@ -284,7 +288,7 @@ def top_level_boxes(path: Path) -> list[str]:
     return boxes
 
 
-def _timed(chapters: Sequence[Chapter], fps: Fraction) -> list[dict[str, Any]]:
+def _timed(chapters: Sequence[Chapter], fps: Fraction) -> list[Any]:
     """Chapters as PyAV takes them, in milliseconds."""
     ends = np.cumsum([chapter.frames for chapter in chapters]).tolist()
     times = [round(frame / fps * 1000) for frame in (0, *ends)]
