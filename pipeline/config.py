@@ -432,7 +432,8 @@ class OverlayConfig(StageConfig):
         None, description="output folder of `pipeline evaluate`: its figures go on the title card"
     )
     title: str | None = Field(
-        None, description="name on the title card (default: that of the folder the video is in)"
+        None,
+        description="name on the title card (default: that of the folder the video is in)",
     )
     title_seconds: float = Field(
         3.0, ge=0, description="how long the title card stays (0: no title card)"
@@ -486,12 +487,6 @@ class OverlayConfig(StageConfig):
             _check_split_of_all(self.split)
         if self.images is not None and self.source.suffix.lower() != ".json":
             raise ValueError(f"--images: expected a COCO file as --source, found {self.source}")
-        least = 2 if self.layout == "blink" else 1
-        if self.fps is not None and self.fps * self.seconds_per_image < least:
-            raise ValueError(
-                f"--fps: expected {least} or more frames per image, "
-                f"found {self.fps * self.seconds_per_image:.3g}"
-            )
         return self
 
 

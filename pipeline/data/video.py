@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import Any, TypeVar
 
 import av
 import numpy as np
@@ -15,6 +18,8 @@ from av.video.stream import VideoStream
 
 from pipeline.data.files import list_images, read_image
 from pipeline.errors import UserError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -80,6 +85,16 @@ def _decoded(
 def count_frames(source: Path) -> int | None:
     """How many frames `frames` will give; None if the video does not say beforehand."""
     return len(list_images(source)) if source.is_dir() else probe(source).frames or None
+
+
+def ahead(items: Iterable[T], count: int = 2) -> Iterator[T]:
+    """The items, of which a thread makes the next `count` while the last one is in use."""
+    iterator, end = iter(items), object()
+    with ThreadPoolExecutor(1) as pool:
+        coming: deque[Any] = deque(pool.submit(next, iterator, end) for _ in range(count))
+        while (item := coming.popleft().result()) is not end:
+            coming.append(pool.submit(next, iterator, end))
+            yield item
 
 
 def probe(path: Path) -> VideoInfo:

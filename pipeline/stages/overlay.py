@@ -10,13 +10,12 @@ import itertools
 import math
 import shutil
 import statistics
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import supervision as sv
@@ -32,11 +31,12 @@ from pipeline.data.draw import Card, ReviewDrawer
 from pipeline.data.files import list_images, read_image, read_json
 from pipeline.data.matching import match, verdict
 from pipeline.data.predictions import PREDICTIONS, from_coco_results, read_images, read_results
-from pipeline.data.video import count_frames, frames, probe
+from pipeline.data.video import ahead, count_frames, frames, probe
 from pipeline.data.writers import Chapter
 from pipeline.errors import UserError
 
 SEVERITY = {"miss": 0, "wrong class": 0, "false alarm": 1, "hit": 2, "correct": 3}
+RANKS = ("misses and wrong classes", "false alarms", "hits", "correct")
 DEFAULT_THRESHOLD = 0.25
 ERRORS = ("miss", "wrong class", "false alarm")
 IMAGE_RATE = 10  # frames per second, about, for still images: seeking is smooth, the file small
@@ -53,7 +53,6 @@ FIGURES = (  # of metrics.json: what the title card says of an evaluation
 
 ANNOTATED = ("dataset", "COCO file")  # the sources that have truth
 
-T = TypeVar("T")
 Panel = tuple[sv.Detections, Sequence[str]]  # instances of an image, and a label for each
 
 
@@ -81,6 +80,7 @@ class Reel:
     pictures: Iterable[tuple[Shot, np.ndarray, int]]  # with the frames that each stays
     length: int | None  # how many there are, if that is known beforehand
     fps: Fraction
+    repeat: int  # frames per image, 0 for a video
 
 
 class Predictions:
@@ -244,7 +244,7 @@ def _plain_reel(config: OverlayConfig, kind: str, predictions: Predictions) -> R
                 yield shot, frame.image, repeat
 
     length = None if config.only else count_frames(config.source)
-    return Reel(predictions.classes, predictions.sizes, None, pictures(), length, fps)
+    return Reel(predictions.classes, predictions.sizes, None, pictures(), length, fps, 0)
 
 
 def _image_reel(
@@ -255,7 +255,7 @@ def _image_reel(
 ) -> Reel:
     fps, repeat = _pace(config)
     pictures = ((shot, read_image(shot.path), repeat) for shot in shots if shot.path)
-    return Reel(classes, sizes, shots, pictures, len(shots), fps)
+    return Reel(classes, sizes, shots, pictures, len(shots), fps, repeat)
 
 
 def _judge(sample: Sample, predictions: Predictions | None) -> Shot:
@@ -342,23 +342,22 @@ ORDERS: dict[str, Callable[[Shot], Any]] = {
 }
 
 
-def _chapters(config: OverlayConfig, reel: Reel, repeat: int, card: int) -> list[Chapter]:
-    """Chapters for the title card and each class, in worst-first order for each verdict.
+def _chapters(config: OverlayConfig, reel: Reel, card: int) -> list[Chapter]:
+    """Chapters for the title card and each class; worst first, for each rank of verdicts.
 
     Without such an order, as by score, classes come again and again: then there are none.
     """
     if reel.shots is None:
         return []
-    worst = config.order == "worst"
-    names = [
-        (shot.verdict or "") if worst else GOOD if shot.label < 0 else reel.classes[shot.label]
-        for shot in reel.shots
-    ]
+    if config.order == "worst":
+        names = [RANKS[SEVERITY[shot.verdict or "correct"]] for shot in reel.shots]
+    else:
+        names = [GOOD if shot.label < 0 else reel.classes[shot.label] for shot in reel.shots]
     runs = [(name, len(list(same))) for name, same in itertools.groupby(names)]
     if len(runs) > len(set(names)):
         return []
     title = [Chapter("title", card)] if card else []
-    return title + [Chapter(name, repeat * count) for name, count in runs]
+    return title + [Chapter(name, reel.repeat * count) for name, count in runs]
 
 
 # ---- Drawing and encoding -----------------------------------------------------------------------
@@ -375,13 +374,12 @@ def _film(
     size = _panel_size(reel.sizes, config.height)
     drawers = [ReviewDrawer(reel.classes, view, size, note) for view in views]
     card = round(config.title_seconds * reel.fps)
-    _, repeat = _pace(config)
     counts: Counter[str | None] = Counter()
-    with writers.create(config.out, reel.fps, _chapters(config, reel, repeat, card)) as video:
+    with writers.create(config.out, reel.fps, _chapters(config, reel, card)) as video:
         if card:
             video.write(drawers[0].card(_card(config, reel, predictions, figures)), card)
         pictures = track(
-            _ahead(reel.pictures),
+            ahead(reel.pictures),
             "overlay",
             reel.length,
             console=Console(stderr=True),
@@ -480,8 +478,12 @@ def _card(
     lines = [about] + ([f"score from {predictions.cut}"] if predictions else [])
     labels = Counter(shot.label for shot in reel.shots or ())
     verdicts = Counter(shot.verdict for shot in reel.shots or ())
+    folder = config.out.resolve().parent
+    name = folder.name
+    if name == f"fold{config.fold}":  # of a run over folds
+        name = f"{folder.parent.name}, fold {config.fold}"
     return Card(
-        config.title or config.out.resolve().parent.name,
+        config.title or name,
         lines,
         figures,
         {k: f"{name}: {labels[k]}" for k, name in enumerate(reel.classes) if reel.shots},
@@ -509,27 +511,21 @@ def _figures(evaluation: Path | None) -> list[tuple[str, str]]:
     return figures
 
 
-def _ahead(items: Iterable[T], count: int = 2) -> Iterator[T]:
-    """The items, of which a thread makes the next `count` while the last one is in use."""
-    iterator, end = iter(items), object()
-    with ThreadPoolExecutor(1) as pool:
-        coming: deque[Any] = deque(pool.submit(next, iterator, end) for _ in range(count))
-        while (item := coming.popleft().result()) is not end:
-            coming.append(pool.submit(next, iterator, end))
-            yield item
-
-
 def _pace(config: OverlayConfig) -> tuple[Fraction, int]:
-    """Frames per second, and frames per image.
+    """Frames per second, and frames per image. Raises `UserError` if there would be none.
 
     Where the rate is not given, it is such that each image stays exactly as long as asked.
     """
     seconds, least = config.seconds_per_image, 2 if config.layout == "blink" else 1
-    if config.fps is not None:
-        fps = Fraction(config.fps).limit_denominator(1001)
-        return fps, max(least, round(seconds * fps))
-    repeat = max(least, round(seconds * IMAGE_RATE))
-    return Fraction(repeat / seconds).limit_denominator(1000), repeat
+    if config.fps is None:
+        repeat = max(least, round(seconds * IMAGE_RATE))
+        return Fraction(repeat / seconds).limit_denominator(1000), repeat
+    fps = Fraction(config.fps).limit_denominator(1001)
+    if seconds * fps < least:
+        raise UserError(
+            f"--fps: expected {least} or more frames per image, found {config.fps:g} x {seconds:g}"
+        )
+    return fps, round(seconds * fps)
 
 
 def _panel_size(sizes: list[tuple[int, int]], height: int) -> tuple[int, int]:

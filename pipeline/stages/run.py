@@ -110,7 +110,6 @@ def _stages(config: RunConfig) -> Iterator[tuple[str, dict[str, Any]]]:
         "fold": fold,
         "predictions": predictions,
         "evaluation": evaluate["out"],
-        "title": out.name if fold in (None, "all") else f"{out.name}, fold {fold}",
         "split": config.evaluate.get("split", "test"),
         "out": together / "review.mp4",
         **config.overlay,
