@@ -10,7 +10,9 @@ import argparse
 import difflib
 import importlib
 import os
+import signal
 import sys
+import threading
 import typing
 from pathlib import Path
 from typing import Any
@@ -38,8 +40,10 @@ COMMANDS: dict[str, type[config.Config]] = {
 def main(argv: list[str] | None = None) -> None:
     """Parse the command line, check the configuration, run the command's stage.
 
-    Exit codes: 0 done, 2 bad input (one line per problem on stderr), 130 interrupted.
+    Exit codes: 0 done, 2 bad input (one line per problem on stderr), 130 interrupted, 143 ended.
     """
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _stop)
     parsed, unknown = _parser().parse_known_args(argv)
     arguments = vars(parsed)
     command = arguments.pop("command")
@@ -62,6 +66,11 @@ def main(argv: list[str] | None = None) -> None:
         place = f"{error.filename}: " if error.filename is not None else ""
         print(f"pipeline {command}: {place}{error.strerror}", file=sys.stderr)
         sys.exit(2)
+
+
+def _stop(*_: object) -> None:
+    """End as an exception does, so that what is half-written is removed."""
+    sys.exit(143)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import time
 import tracemalloc
 from collections.abc import Callable
 from fractions import Fraction
@@ -484,6 +487,25 @@ def test_other_containers_show_the_same(root: Path, tmp_path: Path, name: str) -
         overlay.run(configured(root, out))
     overlay.run(configured(root, out, force=True, only="class=good"))
     assert len(list(frames(out))) in (2, 3)  # GIF repeats its last
+
+
+def test_ended_half_way_it_leaves_nothing(root: Path, tmp_path: Path) -> None:
+    """A kill that cannot be caught is in tests/test_video.py: a video has no name until its end."""
+    out = tmp_path / "frames"
+    words = ["--source", root / "data", "--predictions", root / "predictions", "--out", out]
+    command = [sys.executable, "-m", "pipeline", "overlay", "--height", 1440, *words]
+    process = subprocess.Popen([str(word) for word in command], stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 60
+        while not list(tmp_path.glob(".frames-*/000002.png")):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.01)
+        process.terminate()
+        assert process.wait(30) == 143
+    finally:
+        process.kill()
+        process.wait()
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_of_other_things_is_kept(root: Path, tmp_path: Path) -> None:

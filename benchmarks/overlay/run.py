@@ -104,7 +104,7 @@ def theirs(items: Sequence[Item], classes: Sequence[str], repeat: int, out: Path
     mask = sv.MaskAnnotator(CLASS_COLOURS, opacity=0.3)
     outline = sv.PolygonAnnotator(CLASS_COLOURS, thickness=LINE)
     box = sv.BoxAnnotator(CLASS_COLOURS, thickness=LINE)
-    label = sv.LabelAnnotator(CLASS_COLOURS, text_color=text, smart_position=True)
+    label = sv.LabelAnnotator(CLASS_COLOURS, text_color=text)
     height, width = cv2.imread(str(items[0][0])).shape[:2]
     info = sv.VideoInfo(width, height, RATE, len(items) * repeat)
     with sv.VideoSink(str(out), info) as sink:

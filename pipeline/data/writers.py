@@ -48,12 +48,12 @@ class Encoding:
 
 
 ENCODINGS = {
-    # x264's fastest settings, with CABAC and deblocking again: an eighth smaller for a tenth slower
+    # x264's fastest preset: at this quality its files are as large as those of MPEG-4 Part 2
     ".mp4": Encoding(
         "mp4",
         "libx264",
         "h264",
-        {"crf": "20", "preset": "ultrafast", "x264-params": "cabac=1:deblock=1"},
+        {"crf": "23", "preset": "ultrafast"},
         {"movflags": "+faststart"},
     ),
     ".webm": Encoding(
