@@ -508,6 +508,38 @@ def test_ended_half_way_it_leaves_nothing(root: Path, tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("layout", ["side-by-side", "blink"])
+def test_one_image(tmp_path: Path, layout: str) -> None:
+    write_data(tmp_path, IMAGES[:1])
+    shown = film(tmp_path, tmp_path / "a.mp4", layout=layout, title_seconds=0.5)
+    assert level_of(shown[-1]) == 40
+    assert [name for name, _, _ in chapters(tmp_path / "a.mp4")] == ["title", "crack"]
+
+
+def test_a_recording_held_upright_is_shown_upright(tmp_path: Path) -> None:
+    """The matrix of `tkhd` that turns clockwise, as in tests/test_video.py."""
+    source = belt(tmp_path, [100] * 4)
+    image = np.full((96, 128, 3), 30, np.uint8)
+    image[:, :64] = 220  # the left half, which a turn makes the upper one
+    with create(source, Fraction(24)) as video:
+        for _ in range(4):
+            video.write(image)
+    data = bytearray(source.read_bytes())
+    matrix = data.index(b"tkhd") + 4 + 4 + 20 + 8 + 8
+    turned = [0, 0x10000, 0, 0xFFFF0000, 0, 0, 0, 0, 0x40000000]
+    data[matrix : matrix + 36] = b"".join(n.to_bytes(4, "big") for n in turned)
+    source.write_bytes(data)
+    coco = read_json(tmp_path / "predictions" / "images.json")
+    for entry in coco["images"]:
+        entry |= {"width": 96, "height": 128}
+    write_json(tmp_path / "predictions" / "images.json", coco)
+    frame = film(tmp_path, tmp_path / "a.mp4", source=source)[0]
+    panel = frame[60:240].astype(int)
+    middle = panel[:, frame.shape[1] // 2].mean(axis=1)
+    assert middle[:60].min() > 200 and middle[-60:].max() < 50
+    assert frame.shape[0] > frame.shape[1]
+
+
 def test_a_folder_of_other_things_is_kept(root: Path, tmp_path: Path) -> None:
     (tmp_path / "frames").mkdir()
     (tmp_path / "frames" / "holiday.png").write_bytes(b"mine")

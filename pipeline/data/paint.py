@@ -169,7 +169,7 @@ def label_spots(
         if avoid is not None:
             cost += 3 * _shared(labels, avoid).sum(axis=1) / _areas(labels)
         if sums is not None:
-            cost += 2 * _marked(sums, labels) / _areas(labels)
+            cost += _marked(sums, labels) / _areas(labels)
         taken = np.vstack([taken, labels[np.argmin(cost)]])
     return taken[:, [0, 3]]
 
