@@ -296,7 +296,8 @@ def test_ablations_and_shots_change_ours_alone_where_they_say() -> None:
             for name, stage in reversed(stages)
             for key, value in stage.model_dump().items()
         }
-        paths = (".out", ".boxes", ".predictions", ".truth_boxes", "finetune_yolo.model")
+        results = (".out", ".boxes", ".predictions", ".truth_boxes", ".evaluation")
+        paths = (*results, "finetune_yolo.model")
         return {key: value for key, value in options.items() if not key.endswith(paths)}
 
     ours = flat("ours")

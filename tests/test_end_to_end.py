@@ -25,6 +25,7 @@ TINY = [
     "evaluate.resamples=10",
     "overlay.height=96",
     "overlay.seconds_per_image=0.1",
+    "overlay.title_seconds=0",
 ]
 
 
