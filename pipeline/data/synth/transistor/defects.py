@@ -20,6 +20,7 @@ from pipeline.data.synth.transistor.scene import (
 )
 
 CHECK_SIZE = 128  # pixels, for judging whether a defect is visible
+CUT_FACE = 0.006, 0.026  # arc length of a sheared face, image units
 
 
 def _some_leads(rng: np.random.Generator) -> list[int]:
@@ -90,7 +91,8 @@ def cut_lead(scene: Scene, rng: np.random.Generator) -> Scene:
         lead = part_of(scene).leads[i]
         length = arc_length(lead.path)[-1]
         end = _index(lead.path, rng.uniform(0.18, 0.7) * length)
-        changed[i] = replace(lead, path=lead.path[:end], in_hole=False, cut=True)
+        face = rng.uniform(*CUT_FACE)
+        changed[i] = replace(lead, path=lead.path[:end], in_hole=False, face=face)
     return _with_leads(scene, changed)
 
 

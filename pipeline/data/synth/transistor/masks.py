@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from pipeline.data.synth.draw import Floats, Points, coverage, disc, ribbon
+from pipeline.data.synth.draw import Floats, Points, arc_length, coverage, disc, ribbon
 from pipeline.data.synth.transistor.scene import (
     Board,
     Lead,
@@ -20,6 +20,8 @@ from pipeline.data.synth.transistor.scene import (
     lead_shape,
     part_of,
 )
+
+STRAIGHT = 0.7  # how far the marked place of a lead is from the lead's curve (0) to a line (1)
 
 
 def silhouette(scene: Scene, size: int) -> Floats:
@@ -42,10 +44,14 @@ def _changed_leads(good: Scene, scene: Scene) -> list[tuple[int, Lead, Lead, int
 
 
 def _place_of(lead: Lead, first: int, hole: Points, board: Board) -> list[Points]:
-    """Teardrop from point ``first`` of a good lead down to and including its hole."""
+    """What is marked where a lead should be: from point ``first`` of it down to all of its hole.
+
+    It widens evenly and is nearly straight, as people draw it.
+    """
     rest = lead.path[max(first - 1, 0) :]
-    wide = np.linspace(1.1 * lead.half_width, 1.05 * board.hole_radius, len(rest))
-    return [*ribbon(rest, wide), disc(hole, 1.08 * board.hole_radius)]
+    straight = np.linspace(rest[0], hole, len(rest))
+    wide = np.linspace(lead.half_width, board.hole_radius, len(rest))
+    return [*ribbon(rest + STRAIGHT * (straight - rest), wide), disc(hole, board.hole_radius)]
 
 
 def _mask_bent(good: Scene, scene: Scene, size: int) -> Floats:
@@ -61,12 +67,16 @@ def _mask_bent(good: Scene, scene: Scene, size: int) -> Floats:
 
 
 def _mask_cut(good: Scene, scene: Scene, size: int) -> Floats:
+    """The missing ends, from the middle of the sheared faces on, and without other metal."""
     part, board = part_of(scene), scene.board
-    missing = []
-    for i, old, _, first in _changed_leads(good, scene):
+    missing, metal = [], [p for lead in part.leads for p in lead_shape(lead)]
+    for i, old, new, _ in _changed_leads(good, scene):
+        s = arc_length(new.path)
+        first = int(np.searchsorted(s, s[-1] - new.face / 2))
         missing += _place_of(old, first, board.hole(i - 1), board)
-    metal = coverage([p for lead in part.leads for p in lead_shape(lead)], size)
-    free = (metal == 0) & (case_coverage(part, scene.seed, size) == 0)
+        end = lead_shape(new)[first - 1 :]
+        metal = [p for p in metal if not any(np.array_equal(p, face) for face in end)]
+    free = (coverage(metal, size) == 0) & (case_coverage(part, scene.seed, size) == 0)
     return np.asarray(coverage(missing, size) * free, np.float32)
 
 

@@ -170,8 +170,10 @@ def _paint_lead(image: Floats, lead: Lead, look: Look, rng: np.random.Generator)
     light += 0.30 * np.exp(-(((t - 0.62) / 0.13) ** 2))  # the edge towards the lamp
     light *= 1 - 0.6 * np.clip(np.abs(t) - 0.72, 0, 0.25) / 0.25
     length = arc_length(path)[-1]
-    if lead.cut:
-        light += 0.45 * np.clip((s - length + 0.007) / 0.003, 0, 1)
+    if lead.face:  # it looks down, away from the light; its upper edge shines
+        from_edge = s - (length - lead.face)
+        light += 0.3 * np.exp(-((from_edge / 0.002) ** 2))
+        light *= 1 - 0.75 * np.clip(from_edge / 0.002, 0, 1)
     light = np.clip(light, 0.14, 1.25) * look.shine
     glow = np.clip((s - lead.glow_from) / 0.06, 0, 1) * np.clip((lead.glow_to - s) / 0.02, 0, 1)
     colour = light[:, None] * TIN * (1 - glow[:, None] * (1 - COPPER_GLOW))

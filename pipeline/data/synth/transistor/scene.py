@@ -59,7 +59,7 @@ class Lead:
     glow_from: float  # arc length at which it starts to mirror the copper
     glow_to: float = math.inf  # arc length at which it stops doing so
     in_hole: bool = True  # the tip goes down into a hole and darkens
-    cut: bool = False  # ends in a bright sheared face
+    face: float = 0.0  # arc length of the sheared face it ends in, if it was cut
 
 
 @dataclass(frozen=True)
