@@ -118,8 +118,11 @@ def _timing_file(out: Path) -> Path:
 # ---- Results -----------------------------------------------------------------------------------
 
 
+MADE_BY = ("date", "command", "machine", "versions")
+
+
 def made_by(command: str) -> dict[str, Any]:
-    """When, how and where results were made."""
+    """When, how and where results were made: the keys `MADE_BY`."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     return {
         "date": datetime.date.today().isoformat(),
@@ -127,6 +130,33 @@ def made_by(command: str) -> dict[str, Any]:
         "machine": f"{os.cpu_count()} x {platform.processor() or platform.machine()}, {gpu}",
         "versions": record.versions(),
     }
+
+
+def joined(path: Path, measured: dict[str, Any], same: Sequence[str]) -> dict[str, Any]:
+    """What was measured, beside the rows of `summary` that an earlier result at `path` also has.
+
+    Of what is known of only one of the two, the other takes it over. `earlier` says when and how
+    the older rows were made. Raises `UserError` if the two differ in what the keys `same` hold.
+    """
+    if not path.is_file():
+        return measured
+    before = read_json(path)
+    problems = [
+        f"{path}: expected {key} {measured[key]!r}, found {before[key]!r}"
+        for key in same
+        if None not in (measured[key], before[key]) and measured[key] != before[key]
+    ]
+    if problems:
+        raise UserError(*problems)
+    kept = {key: row for key, row in before["summary"].items() if key not in measured["summary"]}
+    last = {key: before[key] for key in MADE_BY} | {"rows": list(before["summary"])}
+    runs = [{**run, "rows": [r for r in run["rows"] if r in kept]} for run in before["earlier"]]
+    told = {row for run in runs for row in run["rows"]}
+    runs.append({**last, "rows": [row for row in last["rows"] if row in kept and row not in told]})
+    result = {key: before.get(key) if value is None else value for key, value in measured.items()}
+    result["earlier"] = [run for run in runs if run["rows"]]
+    result["summary"] = {**kept, **measured["summary"]}
+    return result
 
 
 def plot_bars(

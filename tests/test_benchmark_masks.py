@@ -172,6 +172,41 @@ def test_a_second_call_measures_nothing_again(
     assert {i["fold"] for i in part["instances"]} == {0}
 
 
+def test_rows_join_what_was_measured_before(
+    bench: ModuleType,
+    mvtec: Path,
+    work: Path,
+    results: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(bench, "HERE", tmp_path)
+
+    def add(*options: str) -> dict[str, Any]:
+        call(bench, mvtec, work, *options, "--add")
+        return read_json(tmp_path / "results.json")
+
+    first = add("--methods", "sam_lite_shipped", "--views", "zoom")
+    assert set(first["summary"]) == {
+        "sam_lite_shipped/zoom/truth_boxes",
+        "sam_lite_shipped/zoom/jittered_boxes",
+    }
+    assert first["earlier"] == []
+    add("--methods", "box_filled")
+    joined = add("--methods", "grabcut", "sam_lite_shipped")
+    assert joined["summary"] == results["summary"]  # in its order, too
+    assert list(joined["summary"]) == list(results["summary"])
+    assert joined["instances"] == results["instances"]
+    (earlier,) = joined["earlier"]  # all rows of the first call were measured again
+    assert earlier["command"].endswith("--methods box_filled --add")
+    assert set(earlier["rows"]) == {"box_filled/any/truth_boxes", "box_filled/any/jittered_boxes"}
+    monkeypatch.setattr(bench, "SEED", 1)
+    with pytest.raises(SystemExit) as stopped:
+        add("--methods", "box_filled")
+    assert stopped.value.code == 2
+    assert read_json(tmp_path / "results.json") == joined
+
+
 def test_detector_boxes(
     bench: ModuleType, mvtec: Path, work: Path, results: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -5,6 +5,7 @@
 What the rows and the figures mean is in benchmarks/detection/README.md. The result goes to
 results.json and results.png beside this file; that of a part (--folds, --methods) goes to the work
 folder, where everything finished is kept: a benchmark that is called again goes on where it was.
+With --add, rows of --methods join those that results.json has.
 """
 
 from __future__ import annotations
@@ -94,6 +95,7 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--ablation", action="store_true", help="also all of ablation/")
     parser.add_argument("--few-shot", action="store_true", help="also all of few_shot/")
+    parser.add_argument("--add", action="store_true", help="keep the other rows of results.json")
     parser.add_argument("--jobs", type=int, default=1, help="trainings at a time")
     return parser
 
@@ -124,22 +126,25 @@ def run(arguments: argparse.Namespace) -> None:
         for row, evaluated in zip(rows, evaluations, strict=True)
     }
     part = arguments.folds is not None or arguments.methods is not None
-    place = arguments.work if part else HERE
+    place = arguments.work if part and not arguments.add else HERE
     given = arguments.checkpoint
-    write_json(
-        place / "results.json",
-        {
-            **common.made_by(command(arguments)),
-            "config": f"configs/{CONFIG.name}",
-            "checkpoint": None if given is None else {"name": given.name, "sha256": sha256(given)},
-            "folds": arguments.folds or "all",
-            "pretraining_minutes": pretraining_minutes(arguments, chosen),
-            "changes": {method: CHANGES[method] for method in chosen if method in CHANGES},
-            "summary": summary,
-        },
-    )
-    figures.plot(place / "results.png", summary)
-    figures.show(summary)
+    result = {
+        **common.made_by(command(arguments)),
+        "earlier": [],
+        "config": f"configs/{CONFIG.name}",
+        "checkpoint": None if given is None else {"name": given.name, "sha256": sha256(given)},
+        "folds": arguments.folds or "all",
+        "pretraining_minutes": pretraining_minutes(arguments, chosen),
+        "changes": CHANGES,
+        "summary": summary,
+    }
+    if arguments.add:
+        result = common.joined(place / "results.json", result, ("config", "checkpoint", "folds"))
+        order = [*METHODS, *CHANGES]
+        result["summary"] = dict(sorted(result["summary"].items(), key=lambda r: order.index(r[0])))
+    write_json(place / "results.json", result)
+    figures.plot(place / "results.png", result["summary"])
+    figures.show(result["summary"])
     print(f"result: {place / 'results.json'}")
 
 
@@ -154,6 +159,8 @@ def methods(arguments: argparse.Namespace) -> list[str]:
 def check(arguments: argparse.Namespace, chosen: Sequence[str]) -> None:
     """Raises `UserError` for options that do not fit together."""
     problems = []
+    if arguments.add and arguments.folds is not None:
+        problems.append("--add: expected all folds, found --folds")
     if arguments.jobs < 1:
         problems.append(f"--jobs: expected at least 1, found {arguments.jobs}")
     count = config.read_yaml(CONFIG)["convert"]["folds"]
@@ -286,6 +293,7 @@ def command(arguments: argparse.Namespace) -> str:
     if arguments.methods is not None:
         words += ["--methods", *arguments.methods]
     words += ["--ablation"] * arguments.ablation + ["--few-shot"] * arguments.few_shot
+    words += ["--add"] * arguments.add
     if arguments.jobs != 1:
         words += ["--jobs", str(arguments.jobs)]
     return shlex.join(words)

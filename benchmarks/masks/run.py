@@ -4,7 +4,8 @@
 
 What the rows and the figures mean is in benchmarks/masks/README.md. The result goes to results.json
 and results.png beside this file; that of a part (--folds, --methods) goes to the work folder, where
-everything finished is kept: a benchmark that is called again goes on where it was.
+everything finished is kept: a benchmark that is called again goes on where it was. With --add, the
+rows of a part join those that results.json has.
 """
 
 from __future__ import annotations
@@ -110,6 +111,10 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--methods", nargs="+", choices=METHODS, help="default: all whose weights are here"
     )
+    parser.add_argument(
+        "--views", nargs="+", choices=VIEWS, default=[*VIEWS], help="what methods see (both)"
+    )
+    parser.add_argument("--add", action="store_true", help="keep the other rows of results.json")
     parser.add_argument("--jobs", type=int, default=1, help="trainings at a time")
     return parser
 
@@ -117,11 +122,13 @@ def parser() -> argparse.ArgumentParser:
 def run(arguments: argparse.Namespace) -> None:
     if arguments.jobs < 1:
         raise UserError(f"--jobs: expected at least 1, found {arguments.jobs}")
+    if arguments.add and arguments.folds is not None:
+        raise UserError("--add: expected all folds, found --folds")
     folds = sorted(set(arguments.folds or range(FOLDS)))
     chosen = [name for name in METHODS if name in (arguments.methods or available())]
     dataset = converted(arguments.mvtec_root / arguments.category, arguments.work / "dataset")
     bench = Bench(dataset, arguments.work, arguments.detections)
-    rows = planned(chosen, with_detections=arguments.detections is not None)
+    rows = planned(chosen, arguments.views, with_detections=arguments.detections is not None)
     train(bench, rows, folds, arguments.jobs)
     if not any(sample.annotations for fold in folds for sample in dataset.split("test", fold)):
         raise UserError("--folds: expected defects among the test images, found none")
@@ -137,22 +144,31 @@ def run(arguments: argparse.Namespace) -> None:
         )
         for row, parts in measured.items()
     }
-    part = arguments.folds is not None or arguments.methods is not None
-    place = arguments.work if part else HERE
-    write_json(
-        place / "results.json",
-        {
-            **common.made_by(command(arguments)),
-            "seed": SEED,
-            "category": arguments.category,
-            "folds": {"count": FOLDS, "measured": folds},
-            "finetuned": {name: FINETUNED[name] for name in chosen if name in FINETUNED},
-            "summary": summary,
-            "instances": paired(measured),
-        },
+    part = (
+        arguments.folds is not None or arguments.methods is not None or arguments.views != [*VIEWS]
     )
-    figures.plot(place / "results.png", summary)
-    show(summary)
+    place = arguments.work if part and not arguments.add else HERE
+    result = {
+        **common.made_by(command(arguments)),
+        "earlier": [],
+        "seed": SEED,
+        "category": arguments.category,
+        "folds": {"count": FOLDS, "measured": folds},
+        "finetuned": FINETUNED,
+        "summary": summary,
+        "instances": paired(measured),
+    }
+    if arguments.add:
+        path, same = place / "results.json", ("seed", "category", "folds", "finetuned")
+        before = read_json(path)["instances"] if path.is_file() else []
+        result = common.joined(path, result, same)
+        order = [row.key for row in planned(METHODS, [*VIEWS], with_detections=True)]
+        result["summary"] = dict(sorted(result["summary"].items(), key=lambda r: order.index(r[0])))
+        for old, new in zip(before, result["instances"], strict=bool(before)):
+            new["iou"] = {key: {**old["iou"], **new["iou"]}[key] for key in result["summary"]}
+    write_json(place / "results.json", result)
+    figures.plot(place / "results.png", result["summary"])
+    show(result["summary"])
     print(f"result: {place / 'results.json'}")
 
 
@@ -163,12 +179,12 @@ def available() -> list[str]:
     return [name for name in METHODS if name not in ZERO_SHOT or name in here]
 
 
-def planned(chosen: Sequence[str], with_detections: bool) -> list[Row]:
+def planned(chosen: Sequence[str], views: Sequence[str], with_detections: bool) -> list[Row]:
     kinds = ["truth_boxes", "jittered_boxes"] + ["detector_boxes"] * with_detections
     return [
         Row(method, view, boxes)
         for method in chosen
-        for view in (["any"] if method == "box_filled" else VIEWS)
+        for view in (["any"] if method == "box_filled" else views)
         for boxes in kinds
     ]
 
@@ -379,6 +395,9 @@ def command(arguments: argparse.Namespace) -> str:
         words += ["--folds", *map(str, arguments.folds)]
     if arguments.methods is not None:
         words += ["--methods", *arguments.methods]
+    if arguments.views != [*VIEWS]:
+        words += ["--views", *arguments.views]
+    words += ["--add"] * arguments.add
     if arguments.jobs != 1:
         words += ["--jobs", str(arguments.jobs)]
     return shlex.join(words)
