@@ -132,27 +132,34 @@ def made_by(command: str) -> dict[str, Any]:
     }
 
 
-def joined(path: Path, measured: dict[str, Any], same: Sequence[str]) -> dict[str, Any]:
+def check_joins(path: Path, about: Mapping[str, Any]) -> None:
+    """Raise `UserError` if rows cannot join the earlier result at `path`, which is of other data.
+
+    `about` has what both must agree in, where both know it.
+    """
+    before = read_json(path) if path.is_file() else {}
+    problems = [
+        f"{path}: expected {key} {value!r}, found {before[key]!r}"
+        for key, value in about.items()
+        if None not in (value, before.get(key)) and value != before[key]
+    ]
+    if problems:
+        raise UserError(*problems)
+
+
+def joined(path: Path, measured: dict[str, Any]) -> dict[str, Any]:
     """What was measured, beside the rows of `summary` that an earlier result at `path` also has.
 
-    Of what is known of only one of the two, the other takes it over. `earlier` says when and how
-    the older rows were made. Raises `UserError` if the two differ in what the keys `same` hold.
+    What only the earlier one knows is taken over. `earlier` says when and how older rows were made.
     """
     if not path.is_file():
         return measured
     before = read_json(path)
-    problems = [
-        f"{path}: expected {key} {measured[key]!r}, found {before[key]!r}"
-        for key in same
-        if None not in (measured[key], before[key]) and measured[key] != before[key]
-    ]
-    if problems:
-        raise UserError(*problems)
     kept = {key: row for key, row in before["summary"].items() if key not in measured["summary"]}
-    last = {key: before[key] for key in MADE_BY} | {"rows": list(before["summary"])}
     runs = [{**run, "rows": [r for r in run["rows"] if r in kept]} for run in before["earlier"]]
     told = {row for run in runs for row in run["rows"]}
-    runs.append({**last, "rows": [row for row in last["rows"] if row in kept and row not in told]})
+    last = {key: before[key] for key in MADE_BY}
+    runs.append({**last, "rows": [row for row in kept if row not in told]})
     result = {key: before.get(key) if value is None else value for key, value in measured.items()}
     result["earlier"] = [run for run in runs if run["rows"]]
     result["summary"] = {**kept, **measured["summary"]}

@@ -144,34 +144,6 @@ def test_filled_boxes_by_hand(results: dict[str, Any]) -> None:
     assert results["summary"]["box_filled/any/jittered_boxes"]["mean_iou"] < row["mean_iou"]
 
 
-def test_a_second_call_measures_nothing_again(
-    bench: ModuleType,
-    mvtec: Path,
-    work: Path,
-    results: dict[str, Any],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    measured = []
-    measure = bench.measure_samples
-
-    def counted(method: Any, boxes_of: Any, samples: Sequence[Sample], *rest: Any) -> Any:
-        measured.append([sample.path.name for sample in samples])
-        return measure(method, boxes_of, samples, *rest)
-
-    monkeypatch.setattr(bench, "measure_samples", counted)
-    assert call(bench, mvtec, work, "--methods", *CHEAP) == results
-    assert measured == []
-    (work / "fold1" / "grabcut-zoom-jittered_boxes.json").unlink()
-    again = call(bench, mvtec, work, "--methods", *CHEAP)
-    assert again["instances"] == results["instances"]
-    tested = {i["image"] for i in results["instances"] if i["fold"] == 1}
-    assert [set(names) for names in measured] == [tested]
-    monkeypatch.setattr(bench, "JITTER", 0.2)  # what depends on it is stale
-    part = call(bench, mvtec, work, "--methods", "box_filled", "--folds", "0")
-    assert len(measured) == 3
-    assert {i["fold"] for i in part["instances"]} == {0}
-
-
 def test_rows_join_what_was_measured_before(
     bench: ModuleType,
     mvtec: Path,
@@ -205,6 +177,34 @@ def test_rows_join_what_was_measured_before(
         add("--methods", "box_filled")
     assert stopped.value.code == 2
     assert read_json(tmp_path / "results.json") == joined
+
+
+def test_a_second_call_measures_nothing_again(
+    bench: ModuleType,
+    mvtec: Path,
+    work: Path,
+    results: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    measured = []
+    measure = bench.measure_samples
+
+    def counted(method: Any, boxes_of: Any, samples: Sequence[Sample], *rest: Any) -> Any:
+        measured.append([sample.path.name for sample in samples])
+        return measure(method, boxes_of, samples, *rest)
+
+    monkeypatch.setattr(bench, "measure_samples", counted)
+    assert call(bench, mvtec, work, "--methods", *CHEAP) == results
+    assert measured == []
+    (work / "fold1" / "grabcut-zoom-jittered_boxes.json").unlink()
+    again = call(bench, mvtec, work, "--methods", *CHEAP)
+    assert again["instances"] == results["instances"]
+    tested = {i["image"] for i in results["instances"] if i["fold"] == 1}
+    assert [set(names) for names in measured] == [tested]
+    monkeypatch.setattr(bench, "JITTER", 0.2)  # what depends on it is stale
+    part = call(bench, mvtec, work, "--methods", "box_filled", "--folds", "0")
+    assert len(measured) == 3
+    assert {i["fold"] for i in part["instances"]} == {0}
 
 
 def test_detector_boxes(

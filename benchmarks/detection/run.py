@@ -103,6 +103,14 @@ def parser() -> argparse.ArgumentParser:
 def run(arguments: argparse.Namespace) -> None:
     chosen = methods(arguments)
     check(arguments, chosen)
+    given = arguments.checkpoint
+    about = {
+        "config": f"configs/{CONFIG.name}",
+        "checkpoint": None if given is None else {"name": given.name, "sha256": sha256(given)},
+        "folds": arguments.folds or "all",
+    }
+    if arguments.add:
+        common.check_joins(HERE / "results.json", about)
     folds: Sequence[Fold] = sorted(set(arguments.folds or ())) or ["all"]
     rows = [planned(arguments, method, fold) for fold in folds for method in chosen]
     (convert,) = rows[0].of("convert")
@@ -127,21 +135,18 @@ def run(arguments: argparse.Namespace) -> None:
     }
     part = arguments.folds is not None or arguments.methods is not None
     place = arguments.work if part and not arguments.add else HERE
-    given = arguments.checkpoint
     result = {
         **common.made_by(command(arguments)),
         "earlier": [],
-        "config": f"configs/{CONFIG.name}",
-        "checkpoint": None if given is None else {"name": given.name, "sha256": sha256(given)},
-        "folds": arguments.folds or "all",
+        **about,
         "pretraining_minutes": pretraining_minutes(arguments, chosen),
-        "changes": CHANGES,
         "summary": summary,
     }
     if arguments.add:
-        result = common.joined(place / "results.json", result, ("config", "checkpoint", "folds"))
+        result = common.joined(place / "results.json", result)
         order = [*METHODS, *CHANGES]
         result["summary"] = dict(sorted(result["summary"].items(), key=lambda r: order.index(r[0])))
+    result["changes"] = {row: CHANGES[row] for row in result["summary"] if row in CHANGES}
     write_json(place / "results.json", result)
     figures.plot(place / "results.png", result["summary"])
     figures.show(result["summary"])

@@ -125,6 +125,14 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.add and arguments.folds is not None:
         raise UserError("--add: expected all folds, found --folds")
     folds = sorted(set(arguments.folds or range(FOLDS)))
+    about = {
+        "seed": SEED,
+        "category": arguments.category,
+        "folds": {"count": FOLDS, "measured": folds},
+        "finetuned": FINETUNED,
+    }
+    if arguments.add:
+        common.check_joins(HERE / "results.json", about)
     chosen = [name for name in METHODS if name in (arguments.methods or available())]
     dataset = converted(arguments.mvtec_root / arguments.category, arguments.work / "dataset")
     bench = Bench(dataset, arguments.work, arguments.detections)
@@ -151,17 +159,14 @@ def run(arguments: argparse.Namespace) -> None:
     result = {
         **common.made_by(command(arguments)),
         "earlier": [],
-        "seed": SEED,
-        "category": arguments.category,
-        "folds": {"count": FOLDS, "measured": folds},
-        "finetuned": FINETUNED,
+        **about,
         "summary": summary,
         "instances": paired(measured),
     }
     if arguments.add:
-        path, same = place / "results.json", ("seed", "category", "folds", "finetuned")
+        path = place / "results.json"
         before = read_json(path)["instances"] if path.is_file() else []
-        result = common.joined(path, result, same)
+        result = common.joined(path, result)
         order = [row.key for row in planned(METHODS, [*VIEWS], with_detections=True)]
         result["summary"] = dict(sorted(result["summary"].items(), key=lambda r: order.index(r[0])))
         for old, new in zip(before, result["instances"], strict=bool(before)):
