@@ -7,13 +7,9 @@ so names in the dataset are `<class>__<name>` for defects, and `good__train_<nam
 
 from __future__ import annotations
 
-import filecmp
-import shutil
-import tempfile
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import cv2
 import numpy as np
@@ -23,14 +19,12 @@ from rich.table import Table
 
 from pipeline import record
 from pipeline.config import ConvertConfig
-from pipeline.data import masks, mvtec, splits
-from pipeline.data.coco import Instance, Item, write_split, write_truth
+from pipeline.data import dataset_folder, masks, mvtec, splits
+from pipeline.data.coco import Instance, Item
 from pipeline.data.dataset import GOOD
-from pipeline.data.files import atomic_folder, read_image, sha256, write_json
+from pipeline.data.dataset_folder import MANIFEST, Counts, raise_any
+from pipeline.data.files import atomic_folder, sha256, write_json
 from pipeline.errors import UserError
-
-FOLDERS = ("images", "labels", "annotations")
-Counts = dict[str, dict[str, dict[str, int]]]  # split -> class -> images and instances
 
 
 @dataclass(frozen=True)
@@ -69,19 +63,23 @@ def run(config: ConvertConfig) -> None:
     _check_apart(config)
     out = config.out.resolve()
     places = [out] if single else [out / source.name for source in found]
-    _raise(problem for place in places for problem in _not_ours(place))
+    raise_any(problem for place in places for problem in dataset_folder.not_ours(place))
     categories = [
         _read(config.model_copy(update={"source": source, "out": place}))
         for source, place in zip(found, places, strict=True)
     ]
     _check(config, categories)
 
-    with _work_folder(out.parent if single else out) as work:
+    with dataset_folder.work_folder(out.parent if single else out) as work:
         built = [Path(work) / str(i) for i in range(len(categories))]
         tables = [_write(*pair) for pair in zip(categories, built, strict=True)]
-        same = [_same(*pair) for pair in zip(places, built, strict=True)]
+        same = [dataset_folder.same(*pair) for pair in zip(places, built, strict=True)]
         changed = [place for place, equal in zip(places, same, strict=True) if not equal]
-        _raise(problem for place in changed for problem in _in_the_way(place, config.force))
+        raise_any(
+            problem
+            for place in changed
+            for problem in dataset_folder.in_the_way(place, config.force)
+        )
         for category, folder, unchanged in zip(categories, built, same, strict=True):
             _install(category.config, folder, unchanged)
 
@@ -93,38 +91,6 @@ def _check_apart(config: ConvertConfig) -> None:
     source, out = config.source.resolve(), config.out.resolve()
     if source.is_relative_to(out) or out.is_relative_to(source):
         raise UserError(f"--out: expected a folder apart from --source, found {out}")
-
-
-def _not_ours(out: Path) -> list[str]:
-    """Why a folder cannot be an output, if so."""
-    if out.exists() and not out.is_dir():
-        return [f"--out: expected a folder, found the file {out}"]
-    if _holds_something(out) and not (out / "manifest.json").is_file():
-        return [f"--out: expected a new folder or a converted dataset, found other files in {out}"]
-    return []
-
-
-def _in_the_way(out: Path, force: bool) -> list[str]:
-    """Why a dataset is not replaced, if so. A folder that is not ours is never deleted."""
-    if not _holds_something(out):
-        return []
-    if not force:
-        return [f"--out: {out} holds a different dataset; give --force to replace it"]
-    return [
-        f"--out: expected nothing but a converted dataset in {out}, found the folder {path.name}"
-        for path in sorted(out.iterdir())
-        if path.is_dir() and path.name not in FOLDERS
-    ]
-
-
-def _holds_something(folder: Path) -> bool:
-    return folder.is_dir() and any(folder.iterdir())
-
-
-def _raise(problems: Iterable[str]) -> None:
-    """Raise `UserError` if there are any problems."""
-    if lines := list(problems):
-        raise UserError(*lines)
 
 
 def _read(config: ConvertConfig) -> Category:
@@ -173,7 +139,7 @@ def _source(entry: mvtec.Entry, config: ConvertConfig) -> Source:
 def _check(config: ConvertConfig, categories: list[Category]) -> None:
     """Raise `UserError` for what makes a conversion impossible or, unless allowed, incomplete."""
     if not config.skip_bad:
-        _raise(str(problem) for category in categories for problem in category.problems)
+        raise_any(str(problem) for category in categories for problem in category.problems)
     problems = [
         f"{category.config.source}: expected a defect class with usable images, found none"
         for category in categories
@@ -194,7 +160,7 @@ def _check(config: ConvertConfig, categories: list[Category]) -> None:
                 f"--folds: expected at most {len(groups[largest])}, the images of {largest} in "
                 f"{category.config.source}, found {config.folds}"
             )
-    _raise(problems)
+    raise_any(problems)
 
 
 def _groups(category: Category) -> dict[str, list[str]]:
@@ -205,69 +171,33 @@ def _groups(category: Category) -> dict[str, list[str]]:
     return groups
 
 
-def _work_folder(parent: Path) -> tempfile.TemporaryDirectory[str]:
-    """A temporary folder on the file system of the output."""
-    try:
-        parent.mkdir(parents=True, exist_ok=True)
-        return tempfile.TemporaryDirectory(dir=parent, prefix=".convert-")
-    except OSError as error:
-        raise UserError(f"--out: expected a folder that can be written, found {error}") from None
-
-
 def _write(category: Category, folder: Path) -> Table:
     """Write a whole dataset into a new folder; returns its counts as a table."""
     config, sources = category.config, category.sources
     (folder / "images").mkdir(parents=True)
     for source in sources:
-        _place(source, folder / "images" / source.item.file_name, config.link)
-    coco = write_truth(folder, [source.item for source in sources], category.classes)
-
+        dataset_folder.place_image(
+            source.entry.image,
+            folder / "images" / source.item.file_name,
+            config.link,
+            convert=source.convert is not None,
+        )
     groups = _groups(category)
     if config.split == "study":
         split = splits.study(groups, config.fractions[1], config.seed)
     else:
         split = splits.by_fractions(groups, config.fractions, config.seed)
-    write_split(folder, coco, split, config.out)
-    if config.folds:
-        folds = splits.by_folds(groups, config.folds, config.fractions[1], config.seed)
-        for fold, fold_split in enumerate(folds):
-            write_split(folder, coco, fold_split, config.out, fold)
-
-    counts = _counts(category, split)
-    write_json(folder / "manifest.json", _manifest(category, split, counts))
-    return _table(config.source.resolve().name, counts)
-
-
-def _place(source: Source, path: Path, link: Literal["hardlink", "symlink", "copy"]) -> None:
-    """Put an image into the dataset. A hard link that cannot be made becomes a copy."""
-    if source.convert:
-        cv2.imencode(".png", read_image(source.entry.image))[1].tofile(path)
-        return
-    original = source.entry.image.resolve()
-    if link == "symlink":
-        path.symlink_to(original)
-        return
-    if link == "hardlink":
-        try:
-            path.hardlink_to(original)
-            return
-        except OSError:  # another file system, or one without hard links
-            pass
-    shutil.copyfile(original, path)
-
-
-def _counts(category: Category, split: splits.Split) -> Counts:
-    instances = {s.item.file_name: len(s.item.instances) for s in category.sources}
-    counts: Counts = {}
-    for part, names in split.items():
-        counts[part] = {}
-        for cls, members in _groups(category).items():
-            here = set(names).intersection(members)
-            counts[part][cls] = {
-                "images": len(here),
-                "instances": sum(instances[name] for name in here),
-            }
-    return counts
+    folds = (
+        splits.by_folds(groups, config.folds, config.fractions[1], config.seed)
+        if config.folds
+        else []
+    )
+    items = [source.item for source in sources]
+    dataset_folder.write_annotations(folder, config.out, items, category.classes, split, folds)
+    class_of = {source.item.file_name: source.entry.cls for source in sources}
+    counts = dataset_folder.count(items, class_of, category.classes, split)
+    write_json(folder / MANIFEST, _manifest(category, split, counts))
+    return dataset_folder.table_of(config.source.resolve().name, counts)
 
 
 def _manifest(category: Category, split: splits.Split, counts: Counts) -> dict[str, Any]:
@@ -310,22 +240,6 @@ def _manifest(category: Category, split: splits.Split, counts: Counts) -> dict[s
     }
 
 
-def _same(out: Path, built: Path) -> bool:
-    """Whether both folders hold the same dataset; caches that other tools left do not count."""
-    new = {path.relative_to(built) for path in built.rglob("*") if path.is_file()}
-    suffixes = {path.suffix for path in new}
-    old = {
-        path.relative_to(out)
-        for folder in (out, *(out / name for name in FOLDERS))
-        for path in folder.glob("*")
-        if path.suffix in suffixes and path.name not in ("config.yaml", "run.json")
-    }
-    return old == new and all(
-        (out / path).is_file() and filecmp.cmp(out / path, built / path, shallow=False)
-        for path in new
-    )
-
-
 def _install(config: ConvertConfig, built: Path, unchanged: bool) -> None:
     """Move a finished dataset to its place, with the record of how it was made."""
     config = config.model_copy(update={"source": config.source.resolve()})
@@ -335,27 +249,6 @@ def _install(config: ConvertConfig, built: Path, unchanged: bool) -> None:
             built.replace(place)
     elif not record.is_complete(config.out, record.signature("convert", config)):
         record.write_record(config.out, "convert", config)
-
-
-def _table(title: str, counts: Counts) -> Table:
-    """Images and instances per class and split."""
-    table = Table(title=f"{title}: images (instances)")
-    table.add_column("class")
-    for part in (*counts, "all"):
-        table.add_column(part, justify="right")
-
-    def cell(cells: list[dict[str, int]]) -> str:
-        images, instances = (sum(c[key] for c in cells) for key in ("images", "instances"))
-        return f"{images} ({instances})" if instances else str(images)
-
-    parts = list(counts.values())
-    for cls in parts[0]:
-        row = [part[cls] for part in parts]
-        table.add_row(cls, *(cell([c]) for c in row), cell(row))
-    table.add_section()
-    columns = [list(part.values()) for part in parts]
-    table.add_row("all", *map(cell, columns), cell([c for column in columns for c in column]))
-    return table
 
 
 def _report(category: Category, table: Table, unchanged: bool) -> None:
