@@ -29,6 +29,7 @@ COMMANDS: dict[str, type[config.Config]] = {
     "finetune-sam": config.FinetuneSamConfig,
     "finetune-classifier": config.FinetuneClassifierConfig,
     "segment": config.SegmentConfig,
+    "apply-review": config.ApplyReviewConfig,
     "evaluate": config.EvaluateConfig,
     "measure": config.MeasureConfig,
     "overlay": config.OverlayConfig,
@@ -124,7 +125,11 @@ def _add_flag(parser: argparse.ArgumentParser, flag: str, name: str, info: Any) 
         parser.add_argument(flag, nargs="+", action="extend", help=text, metavar="KEY=TEXT")
     elif "dict[" not in str(kind):  # the sections of a run come from its YAML file, or --set
         choices = typing.get_args(kind) if origin is typing.Literal else ()
-        parser.add_argument(flag, help=text, metavar="|".join(choices) or name.upper())
+        metavar = "|".join(choices) or name.upper()
+        if flag.startswith("-"):
+            parser.add_argument(flag, help=text, metavar=metavar)
+        else:  # it may also stand in the file of --config
+            parser.add_argument(flag, help=text, metavar=metavar, nargs="?")
 
 
 def _settings(cls: type[config.Config], flags: dict[str, Any], unknown: list[str]) -> config.Config:

@@ -345,6 +345,32 @@ class SegmentConfig(StageConfig):
         return prompt
 
 
+class ApplyReviewConfig(StageConfig):
+    """Make a new version of a dataset from what a person said of predictions."""
+
+    positional: ClassVar[tuple[str, ...]] = ("review",)
+    inputs: ClassVar[tuple[str, ...]] = ("review", "data", "images", "sam")
+    review: Path = Field(description="review.json that was saved from the report page")
+    data: Path = Field(description="dataset folder whose labels are corrected; it stays as it is")
+    images: Path | None = Field(
+        None,
+        description="folder of reviewed images that are not in the dataset yet: they join its "
+        "training images",
+    )
+    conflicts: Literal["report", "keep-labels", "take-review"] = Field(
+        "report",
+        description="where review and labels contradict each other, or the review itself: name it "
+        "and write nothing, leave the labels as they are, or do as the review says",
+    )
+    sam: str = Field(
+        "sam-lite",
+        description="what turns drawn boxes into masks: a name of `pipeline weights list` or a "
+        "checkpoint",
+    )
+    device: str = Field("auto", description="auto, cpu, mps or 0")
+    offline: bool = Field(False, description="never download")
+
+
 class EvaluateConfig(StageConfig):
     """Measure boxes, masks and the image decision, beside the classifier baseline."""
 

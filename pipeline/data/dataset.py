@@ -5,6 +5,7 @@ Folder, as `pipeline convert` writes it:
     images/<class>__<name>        labels/<class>__<name>.txt      data.yaml  manifest.json
     train.txt val.txt test.txt    annotations/instances.json, instances_train.json, ...
     fold0_train.txt ...           annotations/instances_fold0_train.json ...  fold0.yaml
+    hard_negatives.json           (of `pipeline apply-review`: COCO results that a person rejected)
 """
 
 from __future__ import annotations
@@ -20,9 +21,11 @@ import supervision as sv
 
 from pipeline.data.files import read_image, read_json
 from pipeline.data.masks import decode_rle
+from pipeline.data.predictions import read_results
 from pipeline.errors import UserError
 
 GOOD = "good"  # the image class without defects, in MVTec's spelling
+HARD_NEGATIVES = "hard_negatives.json"
 
 
 def split_name(name: str, fold: int | None = None) -> str:
@@ -39,6 +42,7 @@ class Sample:
     width: int
     height: int
     annotations: tuple[dict[str, Any], ...]  # COCO annotations
+    hard_negatives: tuple[dict[str, Any], ...] = ()  # COCO results that a person rejected
 
     def image(self) -> np.ndarray:
         """(height, width, 3) uint8 BGR."""
@@ -80,11 +84,15 @@ class Dataset:
             category["name"] for category in self._coco("instances")["categories"]
         )
 
-    def folds(self) -> list[list[Sample]]:
-        """The test images of each fold. Raises `UserError` unless every image is in exactly one."""
+    def fold_count(self) -> int:
+        """How many folds were written; 0: none."""
         folder = self.root / "annotations"
         names = (f"instances_{split_name('test', k)}.json" for k in itertools.count())
-        count = sum(1 for _ in itertools.takewhile(lambda name: (folder / name).is_file(), names))
+        return sum(1 for _ in itertools.takewhile(lambda name: (folder / name).is_file(), names))
+
+    def folds(self) -> list[list[Sample]]:
+        """The test images of each fold. Raises `UserError` unless every image is in exactly one."""
+        count = self.fold_count()
         if not count:
             raise UserError(f"{self.root}: expected folds (`pipeline convert --folds`), found none")
         folds = [self.split("test", k) for k in range(count)]
@@ -105,7 +113,20 @@ class Dataset:
         if fold == "all":
             assert name == "test"
             return [sample for samples in self.folds() for sample in samples]
-        coco = self._coco(f"instances_{split_name(name, fold)}")
+        return self._samples(f"instances_{split_name(name, fold)}")
+
+    def images(self) -> list[Sample]:
+        """All images, in file order."""
+        return self._samples("instances")
+
+    @cached_property
+    def _hard_negatives(self) -> dict[int, list[dict[str, Any]]]:
+        """By image id."""
+        path = self.root / HARD_NEGATIVES
+        return read_results(path) if path.is_file() else {}
+
+    def _samples(self, stem: str) -> list[Sample]:
+        coco = self._coco(stem)
         annotations: dict[int, list[dict[str, Any]]] = {image["id"]: [] for image in coco["images"]}
         for annotation in coco["annotations"]:
             annotations[annotation["image_id"]].append(annotation)
@@ -116,6 +137,7 @@ class Dataset:
                 image["width"],
                 image["height"],
                 tuple(annotations[image["id"]]),
+                tuple(self._hard_negatives.get(image["id"], ())),
             )
             for image in coco["images"]
         ]

@@ -16,9 +16,11 @@ from typing import Literal
 import cv2
 from rich.table import Table
 
+from pipeline import record
+from pipeline.config import StageConfig
 from pipeline.data.coco import Item, write_split, write_truth
 from pipeline.data.dataset import GOOD
-from pipeline.data.files import read_image
+from pipeline.data.files import atomic_folder, read_image
 from pipeline.data.splits import Split
 from pipeline.errors import UserError
 
@@ -160,3 +162,13 @@ def same(out: Path, built: Path) -> bool:
         (out / path).is_file() and filecmp.cmp(out / path, built / path, shallow=False)
         for path in new
     )
+
+
+def install(built: Path, command: str, config: StageConfig, *, unchanged: bool) -> None:
+    """Move a finished dataset to `config.out`, with the record of how it was made."""
+    if not unchanged:
+        record.write_record(built, command, config)
+        with atomic_folder(config.out) as place:
+            built.replace(place)
+    elif not record.is_complete(config.out, record.signature(command, config)):
+        record.write_record(config.out, command, config)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import NamedTuple, cast
 
 import numpy as np
@@ -10,7 +11,9 @@ import supervision as sv
 import torch
 
 from pipeline.models import prompting
-from pipeline.models.sam import LoadedSam
+from pipeline.models.device import torch_device
+from pipeline.models.embedding_cache import CachedEncoder
+from pipeline.models.sam import LoadedSam, load_sam
 
 DECODED_AT_ONCE = 8  # boxes: each needs its logits at the window's full resolution in memory
 
@@ -39,6 +42,29 @@ class Segmenter:
         self._flip = flip
         self._sam = loaded.model.eval().to(device)
         self._calibration = loaded.calibration
+
+    @classmethod
+    def load(
+        cls,
+        source: str,
+        *,
+        zoom: float | None,
+        flip: bool,
+        device: str,
+        offline: bool,
+        cache: Path | None = None,
+        cache_gb: float = 0.0,
+    ) -> Segmenter:
+        """One of a SAM by its name in the weights registry, or from a checkpoint.
+
+        The options are those of `SegmentConfig`. Raises `UserError` when there is no such SAM.
+        """
+        chosen = torch_device(device)
+        loaded = load_sam(source, offline=offline)
+        if cache is not None:
+            encoder = loaded.model.image_encoder
+            loaded.model.image_encoder = CachedEncoder(encoder, cache, cache_gb)
+        return cls(loaded, zoom, chosen, flip)
 
     @torch.inference_mode()
     def segment(

@@ -25,6 +25,8 @@ from pipeline.data.paste import cut, paste
 from pipeline.models.ultralytics_settings import isolate, quiet
 from pipeline.models.yolo_world import text_layers
 
+HARD = 3  # good images with hard negatives are shown as many times as often as the other good ones
+
 isolate()
 
 from ultralytics.data.augment import Albumentations
@@ -100,10 +102,13 @@ class PromptTrainer(DetectionTrainer):
         self, dataset_path: str, batch_size: int = 16, rank: int = 0, mode: str = "train"
     ) -> Any:
         loader = super().get_dataloader(dataset_path, batch_size, rank, mode)
-        labels = [sample.label for sample in self._samples(mode)]
+        samples = self._samples(mode)
+        labels = [sample.label for sample in samples]
         share = self.data.get("defective")
         if mode == "train" and share and min(labels) < 0 <= max(labels):
-            self.balance = BalancedSampler(labels, share, self.args.seed)
+            self.balance = BalancedSampler(
+                labels, share, self.args.seed, [bool(s.hard_negatives) for s in samples]
+            )
             # A loader's sampler cannot be exchanged, and Ultralytics takes none: so exchange it
             # where batches are made. The one that was there has the same length.
             loader.batch_sampler.sampler.sampler = self.balance
@@ -160,19 +165,32 @@ class BalancedSampler(torch.utils.data.Sampler[int]):
 
     Over the epochs every class of defects appears as often as any other, every image of a class as
     often as any other of it, and every good image as often as any other: each is shown once, in
-    random order, before one is shown again.
+    random order, before one is shown again. A good image with hard negatives, where a detector saw
+    a defect and a person saw none, has `HARD` turns where other good images have one. (Mining of
+    hard negatives: Felzenszwalb et al., Object Detection with Discriminatively Trained Part-Based
+    Models, PAMI 2010.)
     In distributed training every process has its part of the epoch.
     """
 
-    def __init__(self, labels: Sequence[int], defective: float, seed: int) -> None:
-        """`labels`: class index of each image, -1 for good; `defective`: part of an epoch."""
+    def __init__(
+        self,
+        labels: Sequence[int],
+        defective: float,
+        seed: int,
+        hard: Sequence[bool] | None = None,
+    ) -> None:
+        """`labels`: class index of each image, -1 for good; `defective`: part of an epoch.
+
+        `hard`: whether an image has hard negatives (default: none has).
+        """
         images = np.array(labels)
         self.epoch = 0  # the next one; workers fetch ahead, so we count by ourselves
         self._seed = seed
         self._classes = [
             np.flatnonzero(images == label) for label in np.unique(images[images >= 0])
         ]
-        self._good = np.flatnonzero(images < 0)
+        turns = np.where(np.zeros(len(images), bool) if hard is None else hard, HARD, 1)
+        self._good = np.repeat(np.arange(len(images)), np.where(images < 0, turns, 0))
         self._defective = round(defective * len(images))
         self._total = len(images)
         parallel = distributed.is_available() and distributed.is_initialized()
@@ -200,7 +218,7 @@ class BalancedSampler(torch.utils.data.Sampler[int]):
         return np.random.default_rng([self._seed, epoch]).permutation(np.concatenate(shown))
 
     def _turns(self, images: np.ndarray, begin: int, end: int) -> np.ndarray:
-        """Entries `begin` to `end` of the images repeated for ever, each time in another order."""
+        """Entries `begin` to `end` of the list repeated for ever, each time in another order."""
         first = begin // len(images)
         rounds = [
             np.random.default_rng([self._seed, turn, int(images[0])]).permutation(images)

@@ -17,13 +17,12 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from pipeline import record
 from pipeline.config import ConvertConfig
 from pipeline.data import dataset_folder, masks, mvtec, splits
 from pipeline.data.coco import Instance, Item
 from pipeline.data.dataset import GOOD
 from pipeline.data.dataset_folder import MANIFEST, Counts, raise_any
-from pipeline.data.files import atomic_folder, sha256, write_json
+from pipeline.data.files import read_json, sha256, write_json
 from pipeline.errors import UserError
 
 
@@ -78,10 +77,13 @@ def run(config: ConvertConfig) -> None:
         raise_any(
             problem
             for place in changed
-            for problem in dataset_folder.in_the_way(place, config.force)
+            for problem in _reviewed(place) or dataset_folder.in_the_way(place, config.force)
         )
         for category, folder, unchanged in zip(categories, built, same, strict=True):
-            _install(category.config, folder, unchanged)
+            resolved = category.config.model_copy(
+                update={"source": category.config.source.resolve()}
+            )
+            dataset_folder.install(folder, "convert", resolved, unchanged=unchanged)
 
     for category, table, unchanged in zip(categories, tables, same, strict=True):
         _report(category, table, unchanged)
@@ -91,6 +93,15 @@ def _check_apart(config: ConvertConfig) -> None:
     source, out = config.source.resolve(), config.out.resolve()
     if source.is_relative_to(out) or out.is_relative_to(source):
         raise UserError(f"--out: expected a folder apart from --source, found {out}")
+
+
+def _reviewed(out: Path) -> list[str]:
+    """Why a dataset is not replaced even if forced, if so: `pipeline run` forces, too."""
+    path = out / MANIFEST
+    manifest = read_json(path) if path.is_file() else {}
+    if not isinstance(manifest, dict) or "reviews" not in manifest:
+        return []
+    return [f"--out: expected a dataset without a person's work in it, found reviews in {path}"]
 
 
 def _read(config: ConvertConfig) -> Category:
@@ -238,17 +249,6 @@ def _manifest(category: Category, split: splits.Split, counts: Counts) -> dict[s
         "merged": merged,
         "skipped": [{"file": relative(f.path), "reason": f.text} for f in category.skipped],
     }
-
-
-def _install(config: ConvertConfig, built: Path, unchanged: bool) -> None:
-    """Move a finished dataset to its place, with the record of how it was made."""
-    config = config.model_copy(update={"source": config.source.resolve()})
-    if not unchanged:
-        record.write_record(built, "convert", config)
-        with atomic_folder(config.out) as place:
-            built.replace(place)
-    elif not record.is_complete(config.out, record.signature("convert", config)):
-        record.write_record(config.out, "convert", config)
 
 
 def _report(category: Category, table: Table, unchanged: bool) -> None:

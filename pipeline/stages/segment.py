@@ -23,9 +23,7 @@ from pipeline.data.dataset import Dataset, Sample
 from pipeline.data.files import atomic_path, write_text
 from pipeline.data.video import Frame, count_frames, frames
 from pipeline.errors import UserError
-from pipeline.models import sam as sams
 from pipeline.models.device import torch_device
-from pipeline.models.embedding_cache import CachedEncoder
 from pipeline.models.segmenter import Segmenter
 
 COMMAND = "segment"
@@ -33,14 +31,17 @@ FindBoxes = Callable[[Frame], sv.Detections]
 
 
 def run(config: SegmentConfig) -> None:
-    device = torch_device(config.device)
     dataset = Dataset(config.source) if (config.source / "annotations").is_dir() else None
     find_boxes, classes = _box_source(config, dataset)
-    loaded = sams.load_sam(config.sam, offline=config.offline)
-    if config.cache is not None:
-        encoder = loaded.model.image_encoder
-        loaded.model.image_encoder = CachedEncoder(encoder, config.cache, config.cache_gb)
-    segmenter = Segmenter(loaded, config.zoom, device, config.flip)
+    segmenter = Segmenter.load(
+        config.sam,
+        zoom=config.zoom,
+        flip=config.flip,
+        device=config.device,
+        offline=config.offline,
+        cache=config.cache,
+        cache_gb=config.cache_gb,
+    )
     pictures, count = _pictures(config, dataset)
     record.claim(config.out, config.force)
     record.write_config(config.out, COMMAND, config)
