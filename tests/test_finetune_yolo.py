@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
 import types
@@ -25,7 +26,7 @@ from pipeline import record
 from pipeline.config import ConvertConfig, FinetuneYoloConfig
 from pipeline.data.augment import vary_light
 from pipeline.data.dataset import Dataset, Sample
-from pipeline.data.files import read_json
+from pipeline.data.files import read_json, write_json
 from pipeline.errors import UserError
 from pipeline.models import text, yolo_world
 from pipeline.models.yolo_trainer import BalancedSampler, PromptTrainer, few_shot
@@ -693,6 +694,33 @@ def test_epochs_are_balanced(defective: float, seed: int, epochs: int) -> None:
     assert np.ptp([counts[labels == label].sum() for label in (0, 1, 2)]) <= 1
 
 
+@given(defective=st.floats(0.05, 0.95), seed=st.integers(0, 9), epochs=st.integers(1, 40))
+@settings(max_examples=40)
+def test_good_images_with_hard_negatives_are_shown_three_times_as_often(
+    defective: float, seed: int, epochs: int
+) -> None:
+    hard = [i in (0, 7, 31, 34) for i in range(len(LABELS))]  # two of them are good images
+    sampler = BalancedSampler(LABELS, defective, seed, hard)
+    labels, counts = np.array(LABELS), np.zeros(len(LABELS), int)
+    for _ in range(epochs):
+        drawn = list(sampler)
+        assert sum(LABELS[i] >= 0 for i in drawn) == round(defective * len(LABELS))
+        np.add.at(counts, drawn, 1)
+    good = np.flatnonzero(labels < 0)
+    turns = np.where(np.isin(good, (0, 7)), 3, 1)  # in a round of 45 turns: 41 images and 2 x 2
+    rounds, rest = divmod(int(counts[good].sum()), 45)
+    assert (counts[good] >= rounds * turns).all() and (counts[good] <= (rounds + 1) * turns).all()
+    if rest == 0:
+        assert (counts[good] == rounds * turns).all()
+    for label in (0, 1, 2):  # of defective images nothing changes
+        assert np.ptp(counts[labels == label]) <= 1
+
+
+def test_without_hard_negatives_epochs_are_as_they_were() -> None:
+    with_none = BalancedSampler(LABELS, 0.5, 3, [False] * len(LABELS))
+    assert list(with_none) == list(BalancedSampler(LABELS, 0.5, 3))
+
+
 def test_epochs_differ_and_can_be_repeated() -> None:
     sampler, other = (BalancedSampler(LABELS, 0.5, seed) for seed in (0, 1))
     epochs = [list(sampler) for _ in range(3)]
@@ -826,3 +854,25 @@ def test_several_gpus_through_the_script_of_ultralytics(
     assert equal(out / "detector.pt", finished.detector)
     model = torch.load(out / "detector.pt", weights_only=False)["model"]
     assert type(model) is yolo_world.WorldModel
+
+
+def test_loader_shows_what_was_rejected_more_often(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of four good training images, one has a hard negative: half of what good ones are shown."""
+    reviewed = tmp_path / "reviewed"
+    shutil.copytree(dataset, reviewed)
+    good = [s for s in Dataset(reviewed).split("train") if s.label < 0]
+    defective = next(s for s in Dataset(reviewed).split("train") if s.label >= 0)
+    rejected = {"category_id": 1, "bbox": [1, 1, 5, 5], "score": 0.5}
+    write_json(
+        reviewed / "hard_negatives.json",
+        [{"image_id": s.image_id, **rejected} for s in (good[1], defective)],
+    )
+    given = begin(monkeypatch, config(reviewed, tmp_path / "out", paste=0.0))
+    trainer = PromptTrainer(overrides=given | {"workers": 0, "mosaic": 0.0})
+    loader = trainer.get_dataloader("", batch_size=4, rank=-1)
+    files = [file for _ in range(6) for batch in loader for file in batch["im_file"]]
+    counts = {s.path.name: files.count(str(s.path.resolve())) for s in good}
+    assert len(good) == 4 and sum(counts.values()) == 36  # half of 12 images in 6 epochs
+    assert counts == {s.path.name: 18 if s is good[1] else 6 for s in good}
