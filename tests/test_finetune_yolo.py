@@ -695,7 +695,7 @@ def test_epochs_are_balanced(defective: float, seed: int, epochs: int) -> None:
 
 
 @given(defective=st.floats(0.05, 0.95), seed=st.integers(0, 9), epochs=st.integers(1, 40))
-@settings(max_examples=40)
+@settings(max_examples=15)
 def test_good_images_with_hard_negatives_are_shown_three_times_as_often(
     defective: float, seed: int, epochs: int
 ) -> None:

@@ -15,14 +15,11 @@ from __future__ import annotations
 
 import argparse
 import os
-import shutil
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from benchmarks import common
+from benchmarks.review_loop import reviewer
 from pipeline.config import (
     ApplyReviewConfig,
     ConvertConfig,
@@ -32,19 +29,13 @@ from pipeline.config import (
     StageConfig,
     SynthConfig,
 )
-from pipeline.data import dataset_folder, predictions
-from pipeline.data.coco import Instance, Item
-from pipeline.data.dataset import Dataset, Sample
-from pipeline.data.files import atomic_folder, read_json, write_json, write_text
-from pipeline.data.masks import decode_rle, iou
-from pipeline.data.matching import MATCH_IOU
+from pipeline.data.dataset import Dataset
+from pipeline.data.files import read_json, write_json, write_text
 
 HERE = Path(__file__).parent
 SIZE = 320  # pixels, of the rendered images and of what the detector sees
-KEPT = 1  # labelled training images of each class
 EPOCHS = 12
 REVIEWED_FROM = 0.1  # score of the predictions that are shown to the reviewer
-HAND = 0.05  # how far the sides of a drawn box are off, in box sizes (standard deviation)
 COMMAND = "python benchmarks/review_loop/run.py"
 DETECTORS = {
     "weakened": "trained on the dataset that lacks most labels",
@@ -65,10 +56,10 @@ def main() -> None:
         "threads": int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1),
         "settings": {
             "size": SIZE,
-            "labelled_images_per_class": KEPT,
+            "labelled_images_per_class": reviewer.KEPT,
             "epochs": EPOCHS,
             "reviewed_from_score": REVIEWED_FROM,
-            "hand": HAND,
+            "hand": reviewer.HAND,
         },
         "detectors": DETECTORS,
         "seeds": dict(zip(map(str, arguments.seeds), runs, strict=True)),
@@ -87,14 +78,14 @@ def loop(out: Path, seed: int) -> dict[str, Any]:
     _run("convert", ConvertConfig(
         source=mvtec, out=complete, fractions=(0.5, 0.1, 0.4), seed=seed
     ))  # fmt: skip
-    hide_labels(complete, weak, seed)
+    if not (weak / "manifest.json").is_file():
+        reviewer.hide_labels(complete, weak, seed)
     _run("finetune-yolo", _training(weak, out / "weak-detector", seed))
     _run("segment", SegmentConfig(
         source=weak, splits=("train",), boxes=str(out / "weak-detector" / "detector.pt"),
         min_score=REVIEWED_FROM, out=out / "to-review",
     ))  # fmt: skip
-    said = review(complete, weak, out / "to-review", seed)
-    write_json(out / "review.json", said)
+    reviewer.review(complete, weak, out / "to-review", out / "review.json", seed)
     _run("apply-review", ApplyReviewConfig(review=out / "review.json", data=weak, out=better))
     _run("finetune-yolo", _training(better, out / "better-detector", seed))
     _run("finetune-yolo", _training(complete, out / "complete-detector", seed))
@@ -121,7 +112,8 @@ def measure(data: Path, out: Path, detector: str) -> dict[str, Any]:
     """A detector's figures on the test images of the complete dataset."""
     found, measured = out / f"{detector}-predictions", out / f"{detector}-evaluation"
     _run("segment", SegmentConfig(
-        source=data, boxes=str(out / detector / "detector.pt"), out=found
+        source=data, boxes=str(out / detector / "detector.pt"), min_score=0.05, max_boxes=5,
+        flip=False, out=found,
     ))  # fmt: skip
     _run("evaluate", EvaluateConfig(data=data, predictions=found, out=measured, published=False))
     metrics = read_json(measured / "metrics.json")
@@ -138,111 +130,6 @@ def _run(command: str, options: StageConfig) -> None:
     common.run_stage(
         (common.pipeline(command), options), int(os.environ.get("OMP_NUM_THREADS") or 0) or 2
     )
-
-
-# ---- What a person would do --------------------------------------------------------------------
-
-
-def hide_labels(complete: Path, out: Path, seed: int) -> None:
-    """A copy of a dataset that has labels on `KEPT` training images of each class alone."""
-    if (out / dataset_folder.MANIFEST).is_file():
-        return
-    dataset = Dataset(complete)
-    train = dataset.split("train")
-    labels = np.array([sample.label for sample in train])
-    rng = np.random.default_rng(seed)
-    kept = np.concatenate(
-        [rng.permutation(np.flatnonzero(labels == c))[:KEPT] for c in range(len(dataset.classes))]
-    )
-    hidden = {train[i].image_id for i in np.flatnonzero(labels >= 0) if i not in kept}
-    items = [
-        _item(sample, dataset.classes, sample.image_id in hidden) for sample in dataset.images()
-    ]
-    split = {part: [s.path.name for s in dataset.split(part)] for part in ("train", "val", "test")}
-    with atomic_folder(out) as place:
-        (place / "images").mkdir()
-        for sample in dataset.images():
-            target = place / "images" / sample.path.name
-            dataset_folder.place_image(sample.path, target, "hardlink", convert=False)
-        dataset_folder.write_annotations(place, out.resolve(), items, dataset.classes, split, [])
-        shutil.copy(complete / dataset_folder.MANIFEST, place)
-
-
-def _item(sample: Sample, classes: Sequence[str], hidden: bool) -> Item:
-    instances = []
-    for annotation in () if hidden else sample.annotations:
-        x, y, width, height = annotation["bbox"]
-        cls = classes[annotation["category_id"] - 1]
-        box = (x, y, x + width, y + height)
-        instances.append(Instance(cls, box, annotation["area"], annotation["segmentation"]))
-    return Item(sample.path.name, sample.width, sample.height, tuple(instances))
-
-
-def review(complete: Path, weak: Path, found: Path, seed: int) -> dict[str, Any]:
-    """What a careful reviewer says of the predictions, in the format of the report page.
-
-    A prediction is right if its mask overlaps a true one by an IoU of `MATCH_IOU`, the best-scored
-    of several; one of another class gets the true class. The rest is rejected, and a box is drawn,
-    not quite exactly, around every defect that is left.
-    """
-    rng = np.random.default_rng(seed)
-    dataset = Dataset(complete)
-    results = predictions.read_results(found / predictions.PREDICTIONS)
-    images = []
-    for sample in dataset.split("train"):
-        entries = sorted(results.get(sample.image_id, []), key=lambda entry: -entry["score"])
-        truth = {i: decode_rle(a["segmentation"]) for i, a in enumerate(sample.annotations)}
-        judged = [_judge(entry, sample.annotations, truth, dataset.classes) for entry in entries]
-        missed = [
-            {
-                "bbox": _drawn(sample.annotations[i]["bbox"], sample, rng),
-                "class": dataset.classes[sample.annotations[i]["category_id"] - 1],
-            }
-            for i in truth  # those that no prediction took
-        ]
-        if judged or missed:
-            size = {"width": sample.width, "height": sample.height}
-            name = {"image_id": sample.image_id, "file_name": sample.path.name}
-            images.append({**name, **size, "predictions": judged, "missed": missed})
-    return {
-        "format": "pipeline-review",
-        "version": 1,
-        "dataset": weak.name,
-        "classes": list(dataset.classes),
-        "images": images,
-    }
-
-
-def _judge(
-    entry: dict[str, Any],
-    annotations: Sequence[dict[str, Any]],
-    truth: dict[int, np.ndarray],
-    classes: Sequence[str],
-) -> dict[str, Any]:
-    """One prediction with its verdict; a true mask that it found is taken out of `truth`."""
-    mask = decode_rle(entry["segmentation"])
-    best = max(truth, key=lambda i: iou(mask, truth[i]), default=None)
-    said = {
-        "bbox": entry["bbox"],
-        "class": classes[entry["category_id"] - 1],
-        "score": entry["score"],
-        "segmentation": entry["segmentation"],
-    }
-    if best is None or iou(mask, truth[best]) < MATCH_IOU:
-        return {**said, "verdict": "reject"}
-    del truth[best]
-    cls = classes[annotations[best]["category_id"] - 1]
-    return {**said, "verdict": "accept"} | ({"changed_class": cls} if cls != said["class"] else {})
-
-
-def _drawn(bbox: Sequence[float], sample: Sample, rng: np.random.Generator) -> list[float]:
-    """The box as a hand draws it: its sides are off a little."""
-    x, y, width, height = bbox
-    sides = np.array([x, y, x + width, y + height], float)
-    sides += rng.normal(0, HAND, 4) * [width, height, width, height]
-    sides = np.clip(sides, 0, [sample.width, sample.height] * 2)
-    x1, y1, x2, y2 = np.round(sides, 1).tolist()
-    return [x1, y1, max(x2 - x1, 1.0), max(y2 - y1, 1.0)]
 
 
 # ---- Results -----------------------------------------------------------------------------------
