@@ -118,7 +118,7 @@ def old(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @given(data=st.data())
 @settings(
-    max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None
+    max_examples=6, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None
 )
 def test_accepting_what_is_labelled_reproduces_the_dataset(
     old: Path, tmp_path: Path, data: st.DataObject
@@ -391,15 +391,19 @@ def test_bad_input_is_named_and_nothing_is_written(
     drawn = write_review(tmp_path / "d.json", data, [
         said_of(crack, missed=[{"bbox": [10, 10, 9, 9], "class": "crack"}])
     ])  # fmt: skip
+    inner = write_review(shutil.copytree(old, tmp_path / "older") / "r.json", data, [])
     new, before = tmp_path / "new", state(tmp_path)
     table: list[tuple[tuple[Any, ...], list[str]]] = [
         ((tmp_path / "none.json", data, new), [f"{tmp_path}/none.json: expected a review"]),
         ((review, tmp_path / "other", new), [f"{tmp_path}/other: expected a folder written by"]),
         ((review, data, tmp_path / "other"), ["--out: expected a new folder or a converted"]),
         ((review, data, tmp_path / "r.json"), ["--out: expected a folder, found the file"]),
+        (
+            (inner, data, inner.parent, "--force"),
+            ["--out: expected a folder apart from review, found"],
+        ),
         ((review, data, data), ["--out: expected a folder apart from --data"]),
         ((review, data, data / "new"), ["--out: expected a folder apart from --data"]),
-        ((review, data, tmp_path), ["--out: expected a folder apart from --data"]),
         ((review, data, new, "--images", str(tmp_path / "x")), ["--images: expected a folder"]),
         ((review, data, new, "--conflicts", "x"), ["--conflicts: expected 'report', 'keep-labels"]),
         ((review, data, new, "--folds", "3"), ["--folds: unknown flag"]),
@@ -433,6 +437,16 @@ SPOILT: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "a split that is missing": (
         lambda d: (d / "annotations" / "instances_val.json").unlink(), "expected this split",
+    ),
+    "a manifest of other entries": (
+        lambda d: write_json(d / "manifest.json", {"images": [1]}), "expected that of a dataset",
+    ),
+    "hard negatives of another class": (
+        lambda d: write_json(
+            d / "hard_negatives.json",
+            [{"image_id": 1, "category_id": 9, "bbox": [1, 1, 2, 2], "score": 1}],
+        ),
+        "expected category ids up to 2, found 9",
     ),
     "hard negatives that are none": (
         lambda d: (d / "hard_negatives.json").write_text("{}"), "expected a list of COCO results",
@@ -587,6 +601,9 @@ def test_new_images_join_the_training_images(
         assert sorted(i for samples in tested for i in samples) == list(range(1, 12))
         for fold in range(folds):
             for part in PARTS:
+                lines = (new / f"fold{fold}_{part}.txt").read_text(encoding="utf-8").splitlines()
+                samples = after.split(part, fold)
+                assert lines == [f"./images/{s.path.name}" for s in samples]
                 kept = [s.image_id for s in after.split(part, fold) if s.image_id <= 8]
                 assert kept == [s.image_id for s in before.split(part, fold)]
     entries = {e["file"]: e for e in read_json(new / "manifest.json")["images"]}

@@ -121,9 +121,15 @@ class Dataset:
 
     @cached_property
     def _hard_negatives(self) -> dict[int, list[dict[str, Any]]]:
-        """By image id."""
+        """By image id. Raises `UserError` for those of other classes."""
         path = self.root / HARD_NEGATIVES
-        return read_results(path) if path.is_file() else {}
+        found = read_results(path) if path.is_file() else {}
+        largest = max((e["category_id"] for entries in found.values() for e in entries), default=0)
+        if largest > len(self.classes):
+            raise UserError(
+                f"{path}: expected category ids up to {len(self.classes)}, found {largest}"
+            )
+        return found
 
     def _samples(self, stem: str) -> list[Sample]:
         coco = self._coco(stem)

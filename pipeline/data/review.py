@@ -70,6 +70,10 @@ class RunLengths(_Entry):
     size: tuple[int, int]  # height, width
     counts: str
 
+    def rle(self) -> dict[str, Any]:
+        """As `pipeline.data.masks` takes them."""
+        return {"size": list(self.size), "counts": self.counts}
+
 
 class Judged(_Entry):
     """A prediction, and what was said of it."""
@@ -238,13 +242,10 @@ def misfits(review: Review, classes: Sequence[str], images: Known) -> list[str]:
             continue
         problems += [
             f"{place}.predictions[{k}].segmentation: expected run lengths of a mask of {height} "
-            f"rows and {width} columns, found {reprlib.repr(prediction.segmentation.model_dump())}"
+            f"rows and {width} columns, found {reprlib.repr(prediction.segmentation.rle())}"
             for k, prediction in enumerate(said.predictions)
             if prediction.segmentation is not None
-            and not is_rle(
-                {**prediction.segmentation.model_dump(), "size": [*prediction.segmentation.size]},
-                (height, width),
-            )
+            and not is_rle(prediction.segmentation.rle(), (height, width))
         ]
     return problems
 
@@ -390,14 +391,9 @@ def _rejections(said: ReviewedImage) -> list[Defect]:
 
 
 def _predicted(prediction: Judged, cls: str, origin: Literal["accepted", "rejected"]) -> Defect:
-    rle = None
-    if prediction.segmentation is not None:
-        rle = {
-            "size": list(prediction.segmentation.size),
-            "counts": prediction.segmentation.counts,
-        }
-        if not coco_mask.area(rle):  # what lost all its pixels to another one has no mask
-            rle = None
+    rle = None if prediction.segmentation is None else prediction.segmentation.rle()
+    if rle is not None and not coco_mask.area(rle):  # it lost all its pixels to another one
+        rle = None
     return Defect(cls, prediction.bbox, rle, origin, prediction.score)
 
 

@@ -37,7 +37,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from pipeline.config import ApplyReviewConfig
+from pipeline.config import ApplyReviewConfig, flag_of
 from pipeline.data import dataset_folder, masks, mvtec
 from pipeline.data.coco import Instance, Item
 from pipeline.data.dataset import GOOD, HARD_NEGATIVES, Dataset, Sample
@@ -93,8 +93,8 @@ def run(config: ApplyReviewConfig) -> None:
     # A broken image is reported by us; OpenCV's own lines about it name no file.
     cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
     config = _absolute(config)
-    _check_apart(config)
     raise_any(dataset_folder.not_ours(config.out))
+    _check_apart(config)
     review = read_review(config.review)
     source = _read(config.data)
     reviewed = _reviewed(config, review, source)
@@ -124,12 +124,13 @@ def _absolute(config: ApplyReviewConfig) -> ApplyReviewConfig:
 
 
 def _check_apart(config: ApplyReviewConfig) -> None:
-    for name in ("data", "images"):
-        folder = getattr(config, name)
-        if folder is not None and (
-            folder.is_relative_to(config.out) or config.out.is_relative_to(folder)
+    for name in ("review", "data", "images"):
+        path = getattr(config, name)
+        if path is not None and (
+            path.is_relative_to(config.out) or config.out.is_relative_to(path)
         ):
-            raise UserError(f"--out: expected a folder apart from --{name}, found {config.out}")
+            flag = flag_of(ApplyReviewConfig, name)
+            raise UserError(f"--out: expected a folder apart from {flag}, found {config.out}")
 
 
 # ---- Reading -----------------------------------------------------------------------------------
@@ -145,7 +146,7 @@ def _read(root: Path) -> Source:
         if any("segmentation" not in annotation for annotation in sample.annotations):
             raise UserError(f"{root}: expected a mask of each label, found none in {sample.path}")
     manifest = read_json(root / MANIFEST)
-    if not isinstance(manifest, dict) or not isinstance(manifest.get("images"), list):
+    if not _is_manifest(manifest):
         raise UserError(f"{root / MANIFEST}: expected that of a dataset, found other JSON")
     return Source(
         pictures=[_picture(sample, dataset.classes) for sample in samples],
@@ -154,6 +155,13 @@ def _read(root: Path) -> Source:
         folds=[_split(dataset, fold) for fold in range(dataset.fold_count())],
         manifest=manifest,
     )
+
+
+def _is_manifest(value: Any) -> bool:
+    if not isinstance(value, dict) or not isinstance(value.get("reviews", []), list):
+        return False
+    images = value.get("images")
+    return isinstance(images, list) and all(isinstance(image, dict) for image in images)
 
 
 def _split(dataset: Dataset, fold: int | None) -> Split:
@@ -320,13 +328,21 @@ def _joined(
         joined.append(replace(picture, file_name=stem + suffix))
     raise_any(problems)
     names = [picture.file_name for picture in joined]
-    folds = [dict(fold) for fold in source.folds]
-    for i, name in enumerate(sorted(names)):  # by class, so that each is spread over the folds
-        for k, fold in enumerate(folds):
-            part = "test" if i % len(folds) == k else "train"
-            fold[part] = [*fold[part], name]
-    split = {**source.split, "train": [*source.split["train"], *names]}
-    return replace(source, pictures=[*source.pictures, *joined], split=split, folds=folds)
+    dealt = sorted(names)  # by class, so that each is spread over the folds
+    tested = [dealt[k :: len(source.folds)] for k in range(len(source.folds))]
+    return replace(
+        source,
+        pictures=[*source.pictures, *joined],
+        split=_with(source.split, names, []),
+        folds=[_with(fold, names, test) for fold, test in zip(source.folds, tested, strict=True)],
+    )
+
+
+def _with(split: Split, names: Sequence[str], tested: Sequence[str]) -> Split:
+    """The split with more images, of which some are tested and the others train."""
+    train = [*split["train"], *(name for name in names if name not in tested)]
+    test = [*split["test"], *(name for name in names if name in tested)]
+    return {**split, "train": train, "test": test}
 
 
 # ---- Writing -----------------------------------------------------------------------------------
@@ -421,7 +437,7 @@ def _account(
         "sha256": sha256(config.review),
         "dataset": review.dataset,
         "applied_to": config.data.name,
-        "images_said_something_of": len(review.images),
+        "images": len(review.images),
         "new_images": [f"images/{pictures[image_id].file_name}" for image_id in new],
         "summary": dict(Counter(change["change"] for change in changes)),
         "conflicts": [line for outcome in outcomes.values() for line in outcome.conflicts],
