@@ -33,6 +33,7 @@ COMMANDS: dict[str, type[config.Config]] = {
     "evaluate": config.EvaluateConfig,
     "measure": config.MeasureConfig,
     "overlay": config.OverlayConfig,
+    "report": config.ReportConfig,
     "run": config.RunConfig,
     "weights": config.WeightsConfig,
 }
@@ -123,13 +124,11 @@ def _add_flag(parser: argparse.ArgumentParser, flag: str, name: str, info: Any) 
         parser.add_argument(flag, nargs="*", help=text, metavar=name.upper())
     elif kind == dict[str, str]:
         parser.add_argument(flag, nargs="+", action="extend", help=text, metavar="KEY=TEXT")
-    elif "dict[" not in str(kind):  # the sections of a run come from its YAML file, or --set
+    elif "dict[str, Any]" not in str(kind):  # a run's sections come from its YAML file, or --set
         choices = typing.get_args(kind) if origin is typing.Literal else ()
+        nargs = None if flag.startswith("-") else "?"  # it may also stand in the file of --config
         metavar = "|".join(choices) or name.upper()
-        if flag.startswith("-"):
-            parser.add_argument(flag, help=text, metavar=metavar)
-        else:  # it may also stand in the file of --config
-            parser.add_argument(flag, help=text, metavar=metavar, nargs="?")
+        parser.add_argument(flag, nargs=nargs, help=text, metavar=metavar)
 
 
 def _settings(cls: type[config.Config], flags: dict[str, Any], unknown: list[str]) -> config.Config:

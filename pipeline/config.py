@@ -60,6 +60,29 @@ def _check_fold(fold: object) -> object:
 
 FoldOrAll = Annotated[int | Literal["all"] | None, BeforeValidator(_check_fold)]
 
+COSTS = ("miss", "false-alarm")
+
+
+def _check_cost(cost: object) -> object:
+    """'miss=50,false-alarm=1', or the same as keys and values."""
+    if isinstance(cost, str):
+        cost = dict(part.strip().partition("=")[::2] for part in cost.split(","))
+    if cost is None:
+        return None
+    expected = "expected miss=COST,false-alarm=COST"
+    if not isinstance(cost, dict) or sorted(cost) != sorted(COSTS):
+        raise ValueError(f"{expected}, found {reprlib.repr(cost)}")
+    try:
+        numbers = {name: float(cost[name]) for name in COSTS}
+    except (TypeError, ValueError):
+        raise ValueError(f"{expected} with numbers, found {reprlib.repr(cost)}") from None
+    if min(numbers.values()) < 0 or not 0 < sum(numbers.values()) < float("inf"):
+        raise ValueError(f"{expected} of 0 or more, and not both 0, found {reprlib.repr(cost)}")
+    return numbers
+
+
+Cost = Annotated[dict[str, float], BeforeValidator(_check_cost)]
+
 # Options whose default differs from training to training.
 Epochs = Annotated[PositiveInt, Field(description="most passes over the training images")]
 Patience = Annotated[
@@ -395,6 +418,12 @@ class EvaluateConfig(StageConfig):
     threshold: Fraction | None = Field(
         None, description="score from which a box counts (default: the best on the val split)"
     )
+    cost: Cost | None = Field(
+        None,
+        description="what it costs to miss a defective image, and to raise an alarm on a good one, "
+        "as in miss=50,false-alarm=1: the best threshold is then the cheapest, not that of the "
+        "best F1",
+    )
     review_below: Fraction | None = Field(
         None,
         description="quality under which a mask is for review (default: what lists every badly "
@@ -407,6 +436,15 @@ class EvaluateConfig(StageConfig):
         1000, ge=0, description="bootstrap resamples for the intervals (0: none)"
     )
     seed: Seed = Field(0, description="seed of the bootstrap")
+
+    @model_validator(mode="after")
+    def _check_threshold(self) -> EvaluateConfig:
+        if self.cost is not None and self.threshold is not None:
+            raise ValueError(
+                "--cost: expected no --threshold beside it, for it chooses one, "
+                f"found {self.threshold:g}"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_folds(self) -> EvaluateConfig:
@@ -516,6 +554,38 @@ class OverlayConfig(StageConfig):
         return self
 
 
+class ReportConfig(StageConfig):
+    """Make a page to review results in: figures, thresholds, every image, the video."""
+
+    positional: ClassVar[tuple[str, ...]] = ("run",)
+    inputs: ClassVar[tuple[str, ...]] = ("data", "predictions", "evaluation", "video")
+    run: Path | None = Field(
+        None, description="output folder of `pipeline run`, in place of the four inputs below"
+    )
+    out: Path | None = Field(  # type: ignore[assignment]
+        None, description="folder for the page, index.html (default: report, in the run's folder)"
+    )
+    data: Path | None = Field(None, description="dataset folder written by `pipeline convert`")
+    predictions: Path | None = Field(
+        None,
+        description="the output folder of `pipeline segment` that was evaluated; of all folds, "
+        "out_of_fold in the evaluation's folder",
+    )
+    evaluation: Path | None = Field(None, description="output folder of `pipeline evaluate`")
+    video: Path | None = Field(
+        None, description="video of `pipeline overlay`, .mp4 or .webm (none: the page has none)"
+    )
+    title: str | None = Field(
+        None, description="name on the page (default: that of the folder the page's folder is in)"
+    )
+    single_file: bool = Field(
+        False, description="put pictures and video into index.html: one file to pass on"
+    )
+    side: PositiveInt = Field(
+        1280, description="longest side of a picture in pixels: larger images are reduced"
+    )
+
+
 def _check_split_of_all(split: SplitName) -> None:
     if split != "test":  # of the other splits, an image is in several folds
         raise ValueError(f"--split: expected 'test' beside --fold all, found {split!r}")
@@ -530,6 +600,7 @@ SECTIONS: dict[str, type[StageConfig]] = {  # of a run: the options of one stage
     "segment": SegmentConfig,
     "evaluate": EvaluateConfig,
     "overlay": OverlayConfig,
+    "report": ReportConfig,
 }
 
 
@@ -580,6 +651,7 @@ class RunConfig(Config):
     segment: Annotated[dict[str, Any], _options_of("segment")] = Field(default_factory=dict)
     evaluate: Annotated[dict[str, Any], _options_of("evaluate")] = Field(default_factory=dict)
     overlay: Annotated[dict[str, Any], _options_of("overlay")] = Field(default_factory=dict)
+    report: Annotated[dict[str, Any], _options_of("report")] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _check_links(self) -> RunConfig:

@@ -72,8 +72,8 @@ def record_path(out: Path) -> Path:
     return out.with_name(f"{out.name}.json") if out.suffix.lower() in FILES else out / "run.json"
 
 
-def write_record(out: Path, command: str, config: StageConfig) -> None:
-    """Mark `out` as complete, with what it was made from."""
+def write_record(out: Path, command: str, config: StageConfig, **more: Any) -> None:
+    """Mark `out` as complete, with what it was made from, and what `more` there is to know."""
     record, inputs = record_path(out), inputs_of(config)
     options: dict[str, Any] = {}
     if record.parent == out:
@@ -88,6 +88,7 @@ def write_record(out: Path, command: str, config: StageConfig) -> None:
             "signature": _sign(command, config, inputs),
             "inputs": inputs,
             **versions(),
+            **more,
         },
     )
     if record.parent == out:

@@ -12,12 +12,15 @@ from __future__ import annotations
 import math
 import reprlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import supervision as sv
 
+from pipeline.data import quality
+from pipeline.data.dataset import Sample
 from pipeline.data.files import read_json, write_json
 from pipeline.data.masks import decode_rle, encode_rle, is_rle
 from pipeline.errors import UserError
@@ -164,3 +167,100 @@ _VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "segmentation": (_is_rle, "COCO's compressed run lengths, size and counts"),
     "points": (_is_points, "a list of [x, y, label] with label 1 (foreground) or 0 (background)"),
 }
+
+
+# ---- Checked against a dataset ----------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """A predictions folder, checked against the dataset."""
+
+    images: frozenset[int]  # ids of the images that were looked at
+    results: dict[int, list[dict[str, Any]]]  # COCO results by image id
+
+    def of(self, sample: Sample, threshold: float = 0.0, masks: bool = True) -> sv.Detections:
+        """An image's predictions from a score on."""
+        kept = [e for e in self.results.get(sample.image_id, ()) if e["score"] >= threshold]
+        if not masks:  # which take time and memory to decode
+            kept = [{k: v for k, v in e.items() if k != "segmentation"} for e in kept]
+        return from_coco_results(kept)
+
+    def judge(
+        self, samples: Sequence[Sample], thresholds: Sequence[float]
+    ) -> quality.Judged | None:
+        """The masks from each image's score on, held against the truth; None without quality."""
+        entries = [entry for s in samples for entry in self.results.get(s.image_id, ())]
+        if not entries or any("segmentation" not in e or e.get("quality") is None for e in entries):
+            return None
+        cut = zip(samples, thresholds, strict=True)
+        return quality.judge((sample.truth, self.of(sample, score)) for sample, score in cut)
+
+
+def read_predictions(
+    folder: Path, classes: Sequence[str], samples: Sequence[Sample], val: Sequence[Sample] = ()
+) -> Predictions:
+    """Read a folder of `pipeline segment`. Raises `UserError` when it is not of these images.
+
+    It may lack images of `val`.
+    """
+    found, images = read_images(folder)
+    if found != tuple(classes):
+        raise UserError(
+            f"{folder / IMAGES}: expected the classes {list(classes)}, found {list(found)}"
+        )
+    known = {
+        image["id"]: (Path(image["file_name"]).name, image["width"], image["height"])
+        for image in images
+    }
+    by_id = {s.image_id: s for s in val if s.image_id in known} | {s.image_id: s for s in samples}
+    problems = []
+    for sample in by_id.values():
+        expected = (sample.path.name, sample.width, sample.height)
+        image = known.get(sample.image_id)
+        if image != expected:
+            name, width, height = expected
+            other = "none" if image is None else "{} with {}x{}".format(*image)
+            problems.append(
+                f"{folder / IMAGES}: image {sample.image_id}: "
+                f"expected {name} with {width}x{height} pixels, found {other}"
+            )
+    results = read_results(folder / PREDICTIONS)
+    wanted = list(by_id.values())
+    problems += _check_entries(folder / PREDICTIONS, results, len(classes), wanted)
+    if problems:
+        raise UserError(*problems)
+    return Predictions(frozenset(known), results)
+
+
+def _check_entries(
+    path: Path, results: dict[int, list[dict[str, Any]]], classes: int, samples: Sequence[Sample]
+) -> list[str]:
+    """Problems of the results of these images, one line each."""
+    problems = []
+    with_masks = with_quality = 0
+    entries = [(sample, entry) for sample in samples for entry in results.get(sample.image_id, ())]
+    for sample, entry in entries:
+        where = f"{path}: image {sample.image_id}"
+        if entry["category_id"] not in range(1, classes + 1):
+            problems.append(
+                f"{where}: expected a category of 1 to {classes}, found {entry['category_id']}"
+            )
+        if "segmentation" in entry:
+            with_masks += 1
+            size = entry["segmentation"]["size"]
+            if size != [sample.height, sample.width]:
+                problems.append(
+                    f"{where}: expected masks of {sample.height} rows and {sample.width} columns, "
+                    f"found {size[0]} and {size[1]}"
+                )
+        if (value := entry.get("quality")) is not None:
+            with_quality += 1
+            if not (isinstance(value, int | float) and 0 <= value <= 1):
+                problems.append(f"{where}: expected a quality of 0 to 1, found {value!r}")
+    for name, count in (("masks", with_masks), ("quality", with_quality)):
+        if count not in (0, len(entries)):
+            problems.append(
+                f"{path}: expected {name} in all {len(entries)} entries or in none, found {count}"
+            )
+    return problems

@@ -15,11 +15,44 @@ from pipeline.data.dataset import GOOD
 Metrics = Mapping[str, Any]  # the content of metrics.json, see pipeline/stages/evaluate.py
 
 
+KEY_FIGURES = (  # what says most in little room, and the keys it has in metrics.json
+    ("box mAP50", ("box", "map50")),
+    ("mask mAP50", ("mask", "map50")),
+    ("mean mask IoU of found defects", ("mask", "mean_iou_matched")),
+    ("false alarms per good image", ("good_images", "false_alarms_per_image")),
+    ("image accuracy", ("image_decision", "detector", "accuracy")),
+    ("balanced image accuracy", ("image_decision", "detector", "balanced_accuracy")),
+)
+
+
 @dataclass(frozen=True)
 class Table:
     title: str
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
+
+
+@dataclass(frozen=True)
+class KeyFigure:
+    name: str
+    value: str
+    interval: str  # empty where there is none
+
+
+def key_figures(metrics: Metrics) -> list[KeyFigure]:
+    """The figures to show first, of those that there are."""
+    figures = []
+    for name, keys in KEY_FIGURES:
+        value: Any = metrics
+        for key in keys:
+            value = value.get(key) if isinstance(value, dict) else None
+        if isinstance(value, int | float):
+            interval = _interval(metrics, ".".join(keys))
+            figures.append(KeyFigure(name, f"{value:.2f}", interval))
+    if isinstance(metrics.get("missed"), list):
+        text = f"{len(metrics['missed'])} of {metrics['instances']}"
+        figures.append(KeyFigure("missed defects", text, ""))
+    return figures
 
 
 def tables(metrics: Metrics) -> list[Table]:
@@ -90,6 +123,12 @@ def notes(metrics: Metrics) -> list[str]:
         f"A box counts from {_line('score', metrics['threshold']['value'])}: "
         f"{metrics['threshold']['reason']}.",
     ]
+    if (cost := metrics.get("cost")) is not None:  # which older evaluations do not have
+        lines.append(
+            f"Wrong decisions cost {cost['total']:g}, {cost['per_image']:.3g} an image: "
+            f"{cost['misses']} defective images without a box at {cost['miss']:g} each, and "
+            f"{cost['false_alarms']} good ones with a box at {cost['false_alarm']:g} each."
+        )
     if metrics["folds"] is not None:
         lines.append(
             "Every image is measured with the models of the one fold that did not train on it. "
@@ -263,7 +302,7 @@ def _line(what: str, value: float | None) -> str:
 
 
 def _interval(metrics: Metrics, key: str) -> str:
-    interval = metrics["intervals"].get(key)
+    interval = metrics.get("intervals", {}).get(key)
     return "" if interval is None else f"[{interval[0]:.2f}, {interval[1]:.2f}]"
 
 

@@ -20,6 +20,10 @@ most frequent class, which is named in `.class`).
     instances, instances_per_class.<c> count of true instances
     threshold.value, .reason, .f1      score from which a box counts; its F1 on val if chosen there;
         the value is null where each fold has its own
+    cost.miss, .false_alarm            what a defective image without a box, and a good one with any
+        box, cost; null unless asked for
+        .misses, .false_alarms         count of these images
+        .total, .per_image             what they cost
     folds[].fold, .images, .instances, .threshold, .review, .box.map50, .box.map50_95
         each fold by itself; null unless the fold is `all`
     box.map50, .map50_95, .ap50_per_class.<c>, .ap_per_class.<c>
@@ -60,22 +64,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import supervision as sv
 
 from pipeline import record
 from pipeline.config import EvaluateConfig, of_fold
-from pipeline.data import error_page, evaluation, metrics, plots, quality, report
+from pipeline.data import costs, error_page, evaluation, metrics, plots, quality, report
 from pipeline.data.dataset import GOOD, Dataset, Sample
 from pipeline.data.evaluation import Measured, Review
 from pipeline.data.files import read_json, write_json, write_text
 from pipeline.data.masks import dice, iou
 from pipeline.data.matching import match
 from pipeline.data.predictions import (
-    IMAGES,
     PREDICTIONS,
-    from_coco_results,
-    read_images,
-    read_results,
+    Predictions,
+    read_predictions,
     write_predictions,
 )
 from pipeline.errors import UserError
@@ -99,31 +100,6 @@ PUBLISHED: dict[str, Any] = {
         {"name": "ResNet50, rotation, AdamW", "train": 0.904, "val": 0.857, "test": 0.905},
     ],
 }
-
-
-@dataclass(frozen=True)
-class Predictions:
-    """A predictions folder, checked against the dataset."""
-
-    images: frozenset[int]  # ids of the images that were looked at
-    results: dict[int, list[dict[str, Any]]]  # COCO results by image id
-
-    def of(self, sample: Sample, threshold: float = 0.0, masks: bool = True) -> sv.Detections:
-        """An image's predictions from a score on."""
-        kept = [e for e in self.results.get(sample.image_id, ()) if e["score"] >= threshold]
-        if not masks:  # which take time and memory to decode
-            kept = [{k: v for k, v in e.items() if k != "segmentation"} for e in kept]
-        return from_coco_results(kept)
-
-    def judge(
-        self, samples: Sequence[Sample], thresholds: Sequence[float]
-    ) -> quality.Judged | None:
-        """The masks from each image's score on, held against the truth; None without quality."""
-        entries = [entry for s in samples for entry in self.results.get(s.image_id, ())]
-        if not entries or any("segmentation" not in e or e.get("quality") is None for e in entries):
-            return None
-        cut = zip(samples, thresholds, strict=True)
-        return quality.judge((sample.truth, self.of(sample, score)) for sample, score in cut)
 
 
 @dataclass(frozen=True)
@@ -157,6 +133,7 @@ def run(config: EvaluateConfig) -> None:
         "split": config.split,
         "fold": config.fold,
         "threshold": _threshold(config, parts),
+        "cost": None if config.cost is None else _cost(config.cost, parts),
         "folds": _folds(dataset.classes, parts) if config.fold == "all" else None,
         **evaluation.figures(measured),
         "resamples": config.resamples,
@@ -197,10 +174,10 @@ def _read(
 
     classes = dataset.classes
     val = _val_samples(dataset, fold)
-    predictions = _read_predictions(folder(config.predictions), classes, samples, val)
+    predictions = read_predictions(folder(config.predictions), classes, samples, val)
     oracle, true_boxes = None, []
     if config.truth_boxes is not None:
-        oracle = _read_predictions(folder(config.truth_boxes), classes, samples)
+        oracle = read_predictions(folder(config.truth_boxes), classes, samples)
         true_boxes = [_measure_truth_boxes(oracle, sample) for sample in samples]
     classifiers = _read_classifiers([folder(c) for c in config.classifiers], classes, samples)
     if not predictions.images.issuperset(sample.image_id for sample in val):
@@ -216,75 +193,6 @@ def _val_samples(dataset: Dataset, fold: int | None) -> list[Sample]:
         return dataset.split("val", fold)
     except UserError:  # made without a val split
         return []
-
-
-def _read_predictions(
-    folder: Path, classes: Sequence[str], samples: Sequence[Sample], val: Sequence[Sample] = ()
-) -> Predictions:
-    """Read a folder of `pipeline segment`. Raises `UserError` when it is not of these images.
-
-    It may lack images of `val`.
-    """
-    found, images = read_images(folder)
-    if found != tuple(classes):
-        raise UserError(
-            f"{folder / IMAGES}: expected the classes {list(classes)}, found {list(found)}"
-        )
-    known = {
-        image["id"]: (Path(image["file_name"]).name, image["width"], image["height"])
-        for image in images
-    }
-    by_id = {s.image_id: s for s in val if s.image_id in known} | {s.image_id: s for s in samples}
-    problems = []
-    for sample in by_id.values():
-        expected = (sample.path.name, sample.width, sample.height)
-        image = known.get(sample.image_id)
-        if image != expected:
-            name, width, height = expected
-            other = "none" if image is None else "{} with {}x{}".format(*image)
-            problems.append(
-                f"{folder / IMAGES}: image {sample.image_id}: "
-                f"expected {name} with {width}x{height} pixels, found {other}"
-            )
-    results = read_results(folder / PREDICTIONS)
-    wanted = list(by_id.values())
-    problems += _check_entries(folder / PREDICTIONS, results, len(classes), wanted)
-    if problems:
-        raise UserError(*problems)
-    return Predictions(frozenset(known), results)
-
-
-def _check_entries(
-    path: Path, results: dict[int, list[dict[str, Any]]], classes: int, samples: Sequence[Sample]
-) -> list[str]:
-    """Problems of the results of these images, one line each."""
-    problems = []
-    with_masks = with_quality = 0
-    entries = [(sample, entry) for sample in samples for entry in results.get(sample.image_id, ())]
-    for sample, entry in entries:
-        where = f"{path}: image {sample.image_id}"
-        if entry["category_id"] not in range(1, classes + 1):
-            problems.append(
-                f"{where}: expected a category of 1 to {classes}, found {entry['category_id']}"
-            )
-        if "segmentation" in entry:
-            with_masks += 1
-            size = entry["segmentation"]["size"]
-            if size != [sample.height, sample.width]:
-                problems.append(
-                    f"{where}: expected masks of {sample.height} rows and {sample.width} columns, "
-                    f"found {size[0]} and {size[1]}"
-                )
-        if (value := entry.get("quality")) is not None:
-            with_quality += 1
-            if not (isinstance(value, int | float) and 0 <= value <= 1):
-                problems.append(f"{where}: expected a quality of 0 to 1, found {value!r}")
-    for name, count in (("masks", with_masks), ("quality", with_quality)):
-        if count not in (0, len(entries)):
-            problems.append(
-                f"{path}: expected {name} in all {len(entries)} entries or in none, found {count}"
-            )
-    return problems
 
 
 def _read_classifiers(
@@ -327,6 +235,8 @@ def _choose_threshold(
         return {"value": config.threshold, "reason": "as given", "f1": None}
     if not val:
         return _default_threshold("there are no predictions for a val split")
+    if config.cost is not None:
+        return _cheapest_threshold(config.cost, val, predictions)
     scores: list[float] = []
     hit: list[bool] = []
     for sample in val:
@@ -341,6 +251,23 @@ def _choose_threshold(
     value, f1 = best
     reason = f"the best F1 of instances at IoU 0.5 on the val split ({f1:.3f})"
     return {"value": value, "reason": reason, "f1": round(f1, 6)}
+
+
+def _cheapest_threshold(
+    cost: costs.Costs, val: Sequence[Sample], predictions: Predictions
+) -> dict[str, Any]:
+    defective = np.array([sample.label >= 0 for sample in val])
+    for kind, present in (("defective", defective.any()), ("good", not defective.all())):
+        if not present:
+            return _default_threshold(f"the val split has no {kind} images to weigh costs on")
+    scores = costs.image_scores(val, predictions.results)
+    value, least = costs.cheapest_threshold(scores, defective, cost)
+    reason = f"the cheapest on the val split, {least:g} for {len(val)} images {_prices(cost)}"
+    return {"value": value, "reason": reason, "f1": None}
+
+
+def _prices(cost: costs.Costs) -> str:
+    return f"at {cost['miss']:g} for a miss and {cost['false-alarm']:g} for a false alarm"
 
 
 def _default_threshold(why: str) -> dict[str, Any]:
@@ -434,7 +361,31 @@ def _threshold(config: EvaluateConfig, parts: Sequence[Part]) -> dict[str, Any]:
     if len(parts) == 1 or config.threshold is not None:
         return parts[0].threshold
     reason = "the best F1 of instances at IoU 0.5 on each fold's val split"
+    if config.cost is not None:
+        reason = f"the cheapest on each fold's val split {_prices(config.cost)}"
     return {"value": None, "reason": reason, "f1": None}
+
+
+def _cost(cost: costs.Costs, parts: Sequence[Part]) -> dict[str, Any]:
+    """What the wrong decisions on the measured images cost."""
+    wrong = [
+        costs.wrong_decisions(
+            costs.image_scores(part.samples, part.predictions.results),
+            np.array([sample.label >= 0 for sample in part.samples]),
+            part.threshold["value"],
+        )
+        for part in parts
+    ]
+    misses, false_alarms = (sum(counts) for counts in zip(*wrong, strict=True))
+    total = costs.total(cost, misses, false_alarms)
+    return {
+        "miss": cost["miss"],
+        "false_alarm": cost["false-alarm"],
+        "misses": misses,
+        "false_alarms": false_alarms,
+        "total": round(total, 6),
+        "per_image": round(total / sum(len(part.samples) for part in parts), 6),
+    }
 
 
 def _folds(classes: Sequence[str], parts: Sequence[Part]) -> list[dict[str, Any]]:

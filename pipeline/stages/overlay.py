@@ -1,7 +1,8 @@
 """Make a review video: truth and prediction of every image, with a verdict where both are known.
 
 What is shown is settled first, image by image and without its pixels: verdicts, order, chapters.
-Then pictures are read, drawn and encoded one after the other.
+Then pictures are read, drawn and encoded one after the other. The record beside the video has the
+`moments` at which its images come.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from rich.progress import track
 
 from pipeline import record
 from pipeline.config import OverlayConfig
-from pipeline.data import masks, writers
+from pipeline.data import masks, report, writers
 from pipeline.data.coco import read_coco
 from pipeline.data.dataset import GOOD, Dataset, Sample
 from pipeline.data.draw import Card, ReviewDrawer
@@ -42,14 +43,6 @@ ERRORS = ("miss", "wrong class", "false alarm")
 IMAGE_RATE = 10  # frames per second, about, for still images: seeking is smooth, the file small
 BLINK = 0.5  # seconds of truth, and of prediction: under the three flashes a second of WCAG 2.3.1
 WIDEST_PANEL = 2.0  # width / height; an image longer or taller than this gets bars
-FIGURES = (  # of metrics.json: what the title card says of an evaluation
-    ("box mAP50", ("box", "map50")),
-    ("mask mAP50", ("mask", "map50")),
-    ("mean mask IoU of found defects", ("mask", "mean_iou_matched")),
-    ("false alarms per good image", ("good_images", "false_alarms_per_image")),
-    ("image accuracy", ("image_decision", "detector", "accuracy")),
-    ("balanced image accuracy", ("image_decision", "detector", "balanced_accuracy")),
-)
 
 ANNOTATED = ("dataset", "COCO file")  # the sources that have truth
 
@@ -182,7 +175,7 @@ def run(config: OverlayConfig) -> None:
         if verdicts := [f"{counts[word]} {word}" for word in SEVERITY if counts[word]]:
             print(", ".join(verdicts))
         print(f"video: {config.out} ({counts.total()} images)")
-    record.write_record(config.out, "overlay", config)
+    record.write_record(config.out, "overlay", config, moments=_moments(config, reel))
 
 
 # ---- What is shown ------------------------------------------------------------------------------
@@ -360,6 +353,26 @@ def _chapters(config: OverlayConfig, reel: Reel, card: int) -> list[Chapter]:
     return title + [Chapter(name, reel.repeat * count) for name, count in runs]
 
 
+def _moments(config: OverlayConfig, reel: Reel) -> list[dict[str, Any]]:
+    """When each image comes, in seconds; none for a video, whose frames have a time already.
+
+    It is the middle of the image's first frame: a player that seeks there surely shows it.
+    """
+    first = _card_frames(config, reel)
+    return [
+        {
+            "image_id": shot.image_id,
+            "file_name": shot.name,
+            "seconds": round(float((first + i * reel.repeat + Fraction(1, 2)) / reel.fps), 4),
+        }
+        for i, shot in enumerate(reel.shots or ())
+    ]
+
+
+def _card_frames(config: OverlayConfig, reel: Reel) -> int:
+    return round(config.title_seconds * reel.fps)
+
+
 # ---- Drawing and encoding -----------------------------------------------------------------------
 
 
@@ -373,7 +386,7 @@ def _film(
         note = f"score from {predictions.cut} · q: mask quality, by SAM's own estimate"
     size = _panel_size(reel.sizes, config.height)
     drawers = [ReviewDrawer(reel.classes, view, size, note) for view in views]
-    card = round(config.title_seconds * reel.fps)
+    card = _card_frames(config, reel)
     counts: Counter[str | None] = Counter()
     with writers.create(config.out, reel.fps, _chapters(config, reel, card)) as video:
         if card:
@@ -499,16 +512,7 @@ def _figures(evaluation: Path | None) -> list[tuple[str, str]]:
     metrics = read_json(path)
     if not isinstance(metrics, dict):
         raise UserError(f"{path}: expected the figures of an evaluation, found other JSON")
-    figures = []
-    for name, keys in FIGURES:
-        value: Any = metrics
-        for key in keys:
-            value = value.get(key) if isinstance(value, dict) else None
-        if isinstance(value, int | float):
-            figures.append((name, f"{value:.2f}"))
-    if isinstance(metrics.get("missed"), list):
-        figures.append(("missed defects", f"{len(metrics['missed'])} of {metrics['instances']}"))
-    return figures
+    return [(figure.name, figure.value) for figure in report.key_figures(metrics)]
 
 
 def _pace(config: OverlayConfig) -> tuple[Fraction, int]:
