@@ -562,7 +562,7 @@ class ReportConfig(StageConfig):
     run: Path | None = Field(
         None, description="output folder of `pipeline run`, in place of the four inputs below"
     )
-    out: Path | None = Field(  # type: ignore[assignment]
+    out: Path = Field(  # type: ignore[assignment]  # the stage fills it in
         None, description="folder for the page, index.html (default: report, in the run's folder)"
     )
     data: Path | None = Field(None, description="dataset folder written by `pipeline convert`")

@@ -1,7 +1,8 @@
-"""Plots of an evaluation, as PNG."""
+"""Plots of an evaluation: figures, and how they are written."""
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -24,12 +25,9 @@ COLOURS = [colour.as_hex() for colour in CLASS_COLOURS.colors]
 MARKERS = "osD^vP*X"
 
 
-def plot_pr_curves(
-    path: Path,
-    evaluations: Mapping[str, COCOeval],
-    classes: Sequence[str],
-    threshold: float | None,
-) -> None:
+def pr_curves(
+    evaluations: Mapping[str, COCOeval], classes: Sequence[str], threshold: float | None
+) -> Figure:
     """Precision over recall at IoU 0.5, one panel per evaluation, one line per class with truth.
 
     A dot marks the recall and precision at the score threshold, if there is one for all images.
@@ -42,7 +40,7 @@ def plot_pr_curves(
         axis.set(title=f"{title}, IoU 0.5", xlabel="recall", xlim=(0, 1.02), ylim=(0, 1.04))
         axis.grid(alpha=0.3)
     axes[0, 0].set_ylabel("precision")
-    _save(figure, path)
+    return figure
 
 
 def _draw_pr_curves(
@@ -86,9 +84,7 @@ def _draw_pr_curves(
         axis.text(0.5, 0.5, "no true defects", ha="center", va="center")
 
 
-def plot_quality(
-    path: Path, judged: Mapping[str, Judged], classes: Sequence[str], below: float | None
-) -> None:
+def quality(judged: Mapping[str, Judged], classes: Sequence[str], below: float | None) -> Figure:
     """Predicted quality over true IoU: a panel per source of boxes, a point per mask.
 
     Left of the line are the masks that are listed for review; in the shaded part, the bad ones
@@ -105,7 +101,7 @@ def plot_quality(
         axis.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
         axis.grid(alpha=0.3)
     axes[0, 0].set_ylabel("true IoU")
-    _save(figure, path)
+    return figure
 
 
 def _draw_quality(axis: Axes, judged: Judged, classes: Sequence[str], below: float | None) -> None:
@@ -138,9 +134,40 @@ def _draw_quality(axis: Axes, judged: Judged, classes: Sequence[str], below: flo
     axis.legend(title=title, loc="upper left", fontsize=9, title_fontsize=9)
 
 
-def plot_confusions(
-    path: Path, confusions: Mapping[str, np.ndarray], classes: Sequence[str]
-) -> None:
+def mask_ious(ious: Sequence[Sequence[float | None]], classes: Sequence[str]) -> Figure:
+    """The masks' IoU with the truth: a row per class, a point per found defect, and quartiles.
+
+    `ious` are those of each class's true instances; None is a missed one, which is only counted.
+    """
+    figure, axis = plt.subplots(figsize=(6.6, 1.3 + 0.62 * len(classes)))
+    rng = np.random.default_rng(0)  # points keep clear of one another
+    for k, of_class in enumerate(ious):
+        found = np.array([value for value in of_class if value is not None])
+        colour = COLOURS[k % len(COLOURS)]
+        if found.size:
+            axis.boxplot(
+                [found],
+                positions=[k],
+                orientation="horizontal",
+                widths=0.62,
+                showfliers=False,
+                medianprops={"color": "black", "lw": 2},
+            )
+            spread = k + rng.uniform(-0.2, 0.2, len(found))
+            axis.scatter(
+                found, spread, s=26, color=colour, edgecolors="black", lw=0.4, alpha=0.85, zorder=3
+            )
+    labels = [
+        f"{name}\n{sum(v is not None for v in own)} of {len(own)} found"
+        for name, own in zip(classes, ious, strict=True)
+    ]
+    axis.set_yticks(range(len(classes)), labels, fontsize=9)
+    axis.set(xlim=(-0.02, 1.02), ylim=(len(classes) - 0.5, -0.5), xlabel="mask IoU with the truth")
+    axis.grid(axis="x", alpha=0.3)
+    return figure
+
+
+def confusions(confusions: Mapping[str, np.ndarray], classes: Sequence[str]) -> Figure:
     """One confusion matrix (true class by decision) per model; shade: share of the row."""
     columns = min(3, len(confusions))
     rows = -(-len(confusions) // columns)
@@ -166,13 +193,32 @@ def plot_confusions(
         axis.set_xticks(ticks, classes, rotation=40, ha="right", rotation_mode="anchor", fontsize=9)
         axis.set_yticks(ticks, classes, fontsize=9)
         axis.set(title=title, xlabel="decision", ylabel="true class")
-    _save(figure, path)
+    return figure
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save_png(figure: Figure, path: Path) -> None:
+    """Write a figure, and be done with it."""
     figure.tight_layout()
     with atomic_path(path) as temporary:
         figure.savefig(
             temporary, dpi=120, metadata={"Software": None}
         )  # equal bytes on equal input
     plt.close(figure)
+
+
+def svg(figure: Figure, name: str) -> str:
+    """A figure as an <svg> element of a page, whose colours and font it takes on where it is black.
+
+    `name` tells its ids from those of the page's other figures. The figure is done with.
+    """
+    figure.tight_layout()
+    for axis in figure.axes:
+        if (legend := axis.get_legend()) is not None:
+            legend.set_frame_on(False)  # it would be white
+    text = io.StringIO()
+    nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
+        figure.savefig(text, format="svg", transparent=True, metadata=nothing)
+    plt.close(figure)
+    element = text.getvalue()
+    return element[element.index("<svg") :].replace("#000000", "currentColor")

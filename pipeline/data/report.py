@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import rich.box
@@ -65,6 +66,13 @@ def tables(metrics: Metrics) -> list[Table]:
     if metrics["published"] is not None:
         found.append(_published(metrics["published"]))
     return found
+
+
+def run_name(folder: Path, fold: int | str | None) -> str:
+    """What to call a run by the folder of its results, which may be that of one fold."""
+    if folder.name == f"fold{fold}":
+        return f"{folder.parent.name}, fold {fold}"
+    return folder.name
 
 
 def markdown(metrics: Metrics) -> str:

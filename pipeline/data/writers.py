@@ -110,6 +110,33 @@ def create(path: Path, fps: Fraction, chapters: Sequence[Chapter] = ()) -> Itera
         raise ValueError(f"expected a suffix of {', '.join(SUFFIXES)}, found {path.suffix}")
 
 
+def recompress(source: Path, path: Path) -> None:
+    """Encode an MP4 or WebM again, smaller, as H.264 in MP4, each frame and keyframe at its time.
+
+    Where a video is kept beside pictures and passed on, size counts more than the time it takes.
+    """
+    with (
+        unnamed_path(path) as unnamed,
+        av.open(str(source)) as old,
+        av.open(str(unnamed), "w", "mp4", options={"movflags": "+faststart"}) as new,
+    ):
+        read = old.streams.video[0]
+        context = read.codec_context
+        written = new.add_stream(
+            "libx264", rate=read.average_rate, options={"crf": "26", "preset": "veryfast"}
+        )
+        assert isinstance(written, VideoStream)
+        written.width, written.height, written.pix_fmt = context.width, context.height, "yuv420p"
+        written.time_base = read.time_base
+        to = written.codec_context
+        to.colorspace, to.color_range = context.colorspace, context.color_range
+        to.color_primaries, to.color_trc = context.color_primaries, context.color_trc
+        for frame in old.decode(read):
+            frame.pict_type = PictureType.I if frame.key_frame else PictureType.NONE
+            new.mux(written.encode(frame))
+        new.mux(written.encode(None))
+
+
 class VideoWriter:
     """Encodes frames as browsers play them: yuv420p, BT.709; in MP4, the index before the data.
 

@@ -433,18 +433,20 @@ def _plot(out: Path, measured: Measured, values: dict[str, Any]) -> None:
     if measured.masks is not None:
         evaluations["masks"] = measured.masks
     threshold = values["threshold"]["value"]
-    plots.plot_pr_curves(out / "pr_curves.png", evaluations, measured.classes, threshold)
+    curves = plots.pr_curves(evaluations, measured.classes, threshold)
+    plots.save_png(curves, out / "pr_curves.png")
     confusions = {
         name: np.array(scores["confusion"])
         for name, scores in values["image_decision"].items()
         if name != "majority"
     }
-    plots.plot_confusions(out / "confusion.png", confusions, (GOOD, *measured.classes))
+    matrices = plots.confusions(confusions, (GOOD, *measured.classes))
+    plots.save_png(matrices, out / "confusion.png")
     (out / "quality.png").unlink(missing_ok=True)  # of an earlier run
     if measured.review is not None:
-        plots.plot_quality(
-            out / "quality.png", measured.review.judged, measured.classes, measured.review.below
-        )
+        review = measured.review
+        figure = plots.quality(review.judged, measured.classes, review.below)
+        plots.save_png(figure, out / "quality.png")
 
 
 def _write_errors(

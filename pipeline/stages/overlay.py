@@ -491,12 +491,8 @@ def _card(
     lines = [about] + ([f"score from {predictions.cut}"] if predictions else [])
     labels = Counter(shot.label for shot in reel.shots or ())
     verdicts = Counter(shot.verdict for shot in reel.shots or ())
-    folder = config.out.resolve().parent
-    name = folder.name
-    if name == f"fold{config.fold}":  # of a run over folds
-        name = f"{folder.parent.name}, fold {config.fold}"
     return Card(
-        config.title or name,
+        config.title or report.run_name(config.out.resolve().parent, config.fold),
         lines,
         figures,
         {k: f"{name}: {labels[k]}" for k, name in enumerate(reel.classes) if reel.shots},
