@@ -139,7 +139,7 @@ def mask_ious(ious: Sequence[Sequence[float | None]], classes: Sequence[str]) ->
 
     `ious` are those of each class's true instances; None is a missed one, which is only counted.
     """
-    figure, axis = plt.subplots(figsize=(6.6, 1.3 + 0.62 * len(classes)))
+    figure, axis = plt.subplots(figsize=(5.2, max(4.6, 1.3 + 0.5 * len(classes))))
     rng = np.random.default_rng(0)  # points keep clear of one another
     for k, of_class in enumerate(ious):
         found = np.array([value for value in of_class if value is not None])

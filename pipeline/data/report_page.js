@@ -299,8 +299,10 @@ function drawMasks(canvas, image, width, show) {
   }
   if (show.truth) {
     const thickness = Math.max(1, Math.round(width / 320));
-    for (const one of masks(image.truth)) {
-      paint(picture.data, rasterOf(one.segmentation, width), data.colours[one.class], 255, thickness);
+    for (const one of masks(image.truth)) {  // a white edge and one of colour: seen on any ground
+      const raster = rasterOf(one.segmentation, width);
+      paint(picture.data, raster, '#ffffff', 255, 2 * thickness);
+      paint(picture.data, raster, data.colours[one.class], 255, thickness);
     }
   }
   context.putImageData(picture, 0, 0);
@@ -308,7 +310,7 @@ function drawMasks(canvas, image, width, show) {
 
 function boxShapes([x, y, width, height], className, colour) {
   const place = {x, y, width, height};
-  return [shape('rect', {...place, class: 'under'}), shape('rect', {...place, class: className, style: `stroke: ${colour}`})];
+  return [shape('rect', {...place, class: `under ${className}`}), shape('rect', {...place, class: className, style: `stroke: ${colour}`})];
 }
 
 function drawBoxes(svg, image, show, current = null, unit = 0) {
@@ -470,12 +472,11 @@ function fillCard(card) {
   if (reviews.has(image.id)) text.append(element('span', {className: 'done'}, '✓ judged'));
   button.setAttribute('aria-label', `${image.name}: ${verdict}${numbers.length ? `, ${numbers.join(', ')}` : ''}${reviews.has(image.id) ? ', judged' : ''}`);
   if (!shot.firstChild) {
-    shot.append(element('img', {alt: '', loading: 'lazy', decoding: 'async', src: image.picture}), element('canvas'), shape('svg', {class: 'small', 'aria-hidden': 'true'}));
+    shot.append(element('img', {alt: '', loading: 'lazy', decoding: 'async', src: image.picture}), element('canvas'), shape('svg', {class: 'boxes small', 'aria-hidden': 'true'}));
   }
   const [, canvas, svg] = shot.children;
   drawMasks(canvas, image, Math.min(THUMB, image.width), EVERYTHING);
   drawBoxes(svg, image, EVERYTHING);
-  svg.querySelectorAll('rect').forEach((rect) => { rect.style.vectorEffect = 'non-scaling-stroke'; rect.style.fill = 'none'; rect.style.strokeWidth = rect.classList.contains('under') ? 3 : 1.5; if (rect.classList.contains('truth')) rect.style.strokeDasharray = '4 3'; });
 }
 
 const nearby = new IntersectionObserver((entries) => {
@@ -693,7 +694,7 @@ function placeStage() {
   }
   const [x, y, width, height] = bbox;
   const least = Math.min(image.width, image.height);
-  const scale = Math.min(16, Math.max(1, least / (2.2 * Math.max(width, height, 8))));
+  const scale = Math.min(16, Math.max(1, least / (1.6 * Math.max(width, height, 8))));
   const shift = (center, side) => 100 * Math.min(0, Math.max(1 - scale, 0.5 - center / side * scale));
   stage.style.transform = `translate(${shift(x + width / 2, image.width)}%, ${shift(y + height / 2, image.height)}%) scale(${scale})`;
   return scale;
@@ -830,8 +831,8 @@ pick('boxes').addEventListener('pointerdown', (event) => {
 pick('boxes').addEventListener('pointermove', (event) => {
   if (!dragged) return;
   const box = between(dragged, placeOf(event));
-  pick('boxes').querySelectorAll('.draft, .draft-under').forEach((one) => one.remove());
-  pick('boxes').append(shape('rect', {x: box[0], y: box[1], width: box[2], height: box[3], class: 'draft'}));
+  pick('boxes').querySelectorAll('.draft').forEach((one) => one.remove());
+  pick('boxes').append(...boxShapes(box, 'draft', data.colours[classes.indexOf(missedClass)]));
 });
 pick('boxes').addEventListener('pointerup', (event) => {
   if (!dragged) return;

@@ -16,7 +16,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import cv2
 import numpy as np
@@ -306,13 +306,14 @@ def _plots(
     samples = [item.sample for item in measured]
     results = {s.image_id: predictions.results.get(s.image_id, []) for s in samples}
     has_masks = all("segmentation" in e for entries in results.values() for e in entries)
-    kinds = {"boxes": "bbox"} | ({"masks": "segm"} if has_masks else {})
-    evaluations = {
-        name: metrics.coco_evaluation(samples, results, len(classes), kind)  # type: ignore[arg-type]
-        for name, kind in kinds.items()
-    }
-    curves = plots.pr_curves(evaluations, classes, figures["threshold"]["value"])
-    found = [report_page.Plot("Precision and recall", plots.svg(curves, "curves"))]
+    kinds: dict[str, Literal["bbox", "segm"]] = {"boxes": "bbox"}
+    if has_masks:
+        kinds["masks"] = "segm"
+    found = []
+    for name, kind in kinds.items():
+        evaluated = metrics.coco_evaluation(samples, results, len(classes), kind)
+        curves = plots.pr_curves({name: evaluated}, classes, figures["threshold"]["value"])
+        found.append(report_page.Plot(f"Precision and recall, {name}", plots.svg(curves, name)))
     if has_masks:
         ious = plots.mask_ious(_found_ious(measured, predictions, len(classes)), classes)
         found.append(report_page.Plot("Mask IoU of found defects", plots.svg(ious, "ious")))
