@@ -42,6 +42,7 @@ def test_run_from_nothing_to_a_report_and_then_from_what_is_there(
     assert set(metrics["image_decision"]) == {"detector", "resnet18 (scratch)", "majority"}
     assert metrics["truth_boxes"]["mean_iou"] > 0.4  # the shipped sam-lite has seen such defects
     assert probe(tmp_path / "review.mp4").codec == "h264"
+    assert "bent_lead__" in (tmp_path / "report" / "index.html").read_text(encoding="utf-8")
     capsys.readouterr()
 
     def written() -> dict[Path, int]:
@@ -51,7 +52,7 @@ def test_run_from_nothing_to_a_report_and_then_from_what_is_there(
     before = written()
     cli.main(command)
     assert written() == before
-    assert capsys.readouterr().out.count("up to date") == 9
+    assert capsys.readouterr().out.count("up to date") == 10
 
 
 @pytest.mark.timeout(300)
@@ -70,4 +71,5 @@ def test_every_image_is_tested_once_in_two_folds(
     assert sorted(image["id"] for image in images) == list(range(1, 25))
     assert (evaluation / "errors" / "index.html").is_file()
     assert probe(tmp_path / "review.mp4").frames == 24
+    assert len(list((tmp_path / "report" / "images").iterdir())) == 24
     assert "fold 1: " in capsys.readouterr().out

@@ -171,7 +171,7 @@ def settings(out: Path, **changes: Any) -> RunConfig:
 
 ALL = [
     "mvtec", "dataset", "detector", "segmenter", "small", "large", "predictions", "truth_boxes",
-    "evaluation", "review.mp4",
+    "evaluation", "review.mp4", "report",
 ]  # fmt: skip
 
 
@@ -201,6 +201,9 @@ def test_stages_are_linked_by_their_folders(tmp_path: Path) -> None:
     assert evaluation.truth_boxes == stages["truth_boxes"].out
     assert evaluation.classifiers == (stages["small"].out, stages["large"].out)
     assert (review.source, review.fold) == (stages["dataset"].out, 2)
+    report = stages["report"]
+    assert (report.data, report.predictions) == (stages["dataset"].out, stages["predictions"].out)
+    assert (report.evaluation, report.video) == (evaluation.out, review.out)
 
 
 def test_without_synth_the_source_is_a_category_of_the_mvtec_root(tmp_path: Path) -> None:
@@ -242,6 +245,12 @@ def test_the_upper_bound_and_the_video_are_of_the_split_that_is_measured(tmp_pat
     assert stages["review.mp4"].split == "val"
 
 
+def test_a_video_that_pages_do_not_play_is_not_in_the_report(tmp_path: Path) -> None:
+    plan = run_stage.plan(settings(tmp_path, overlay={"out": tmp_path / "review.gif"}))
+    stages: dict[str, Any] = {stage.out.name: stage for _, stage in plan}
+    assert stages["report"].video is None
+
+
 # Running
 
 
@@ -260,7 +269,8 @@ def test_it_says_where_the_report_and_the_video_are(
     run_stage.run(settings(tmp_path))
     run_stage.run(settings(tmp_path))
     out = capsys.readouterr().out
-    assert out.count(f"report: {tmp_path / 'evaluation' / 'report.md'}") == 2
+    assert out.count(f"report: {tmp_path / 'report' / 'index.html'}") == 2
+    assert out.count(f"tables: {tmp_path / 'evaluation' / 'report.md'}") == 2
     assert out.count(f"video:  {tmp_path / 'review.mp4'}") == 2
     assert out.count("up to date") == len(ALL)
 
@@ -282,7 +292,8 @@ def test_the_video_shows_the_chosen_threshold_unless_one_is_given(
 
     monkeypatch.setattr(stages, "run", watch)
     run_stage.run(settings(tmp_path, overlay=overlay))
-    assert seen[-1].threshold == expected
+    (overlay,) = (config for config in seen if config.out.name == "review.mp4")
+    assert overlay.threshold == expected
 
 
 AFTER_DATASET = ALL[ALL.index("detector") :]
@@ -294,26 +305,26 @@ AFTER_DATASET = ALL[ALL.index("detector") :]
         ({"synth": {"seed": 2}}, ALL),
         ({"convert": {"seed": 5}}, ["dataset", *AFTER_DATASET]),
         ({"fold": 1}, AFTER_DATASET),
-        ({"init": "other"}, ["detector", "predictions", "evaluation", "review.mp4"]),
+        ({"init": "other"}, ["detector", "predictions", "evaluation", "review.mp4", "report"]),
         (
             {"finetune_yolo": {"epochs": 9}},
-            ["detector", "predictions", "evaluation", "review.mp4"],
+            ["detector", "predictions", "evaluation", "review.mp4", "report"],
         ),
         (
             {"finetune_sam": {"lr": 0.5}},
-            ["segmenter", "predictions", "truth_boxes", "evaluation", "review.mp4"],
+            ["segmenter", "predictions", "truth_boxes", "evaluation", "review.mp4", "report"],
         ),
         (
             {"finetune_classifier": {"small": {"seed": 3}, "large": {"model": "resnet50"}}},
-            ["small", "evaluation", "review.mp4"],
+            ["small", "evaluation", "review.mp4", "report"],
         ),
-        ({"finetune_classifier": {"small": {"model": "resnet18"}}}, ["evaluation", "review.mp4"]),
+        ({"finetune_classifier": {"small": {"model": "resnet18"}}}, ["evaluation", "review.mp4", "report"]),
         (
             {"segment": {"min_score": 0.5}},
-            ["predictions", "truth_boxes", "evaluation", "review.mp4"],
+            ["predictions", "truth_boxes", "evaluation", "review.mp4", "report"],
         ),
-        ({"evaluate": {"resamples": 5}}, ["evaluation", "review.mp4"]),
-        ({"overlay": {"order": "worst"}}, ["review.mp4"]),
+        ({"evaluate": {"resamples": 5}}, ["evaluation", "review.mp4", "report"]),
+        ({"overlay": {"order": "worst"}}, ["review.mp4", "report"]),
         ({"finetune_yolo": {"device": "cpu", "offline": True}}, []),
     ],
 )
@@ -351,7 +362,7 @@ def test_what_was_deleted_is_made_again(stages: FakeStages, tmp_path: Path, lost
     (tmp_path / lost).unlink()
     stages.calls.clear()
     run_stage.run(settings(tmp_path))
-    assert stages.calls == [ALL[-1] if "review" in lost else "evaluation"]
+    assert stages.calls == ["review.mp4" if "review" in lost else "evaluation"]
     assert state(tmp_path) == before
 
 
@@ -428,7 +439,7 @@ def _dies_in_epoch(stages: FakeStages, at: int, out: Path) -> bool:
 # Folds
 
 OF_A_FOLD = ALL[ALL.index("detector") : ALL.index("evaluation")]
-OF_ALL = [*ALL[:2], *OF_A_FOLD * FOLDS, *ALL[-2:]]
+OF_ALL = [*ALL[:2], *OF_A_FOLD * FOLDS, *ALL[-3:]]
 
 
 def folds(out: Path, **changes: Any) -> RunConfig:
@@ -454,6 +465,7 @@ def test_all_folds_have_stages_of_their_own_and_one_evaluation(tmp_path: Path) -
     assert evaluation.classifiers[1] == tmp_path / "fold{fold}" / "classifiers" / "large"
     assert review.predictions == tmp_path / "evaluation" / "out_of_fold"
     assert review.threshold is None  # each image has that of its fold
+    assert stages["report"].predictions == review.predictions
 
 
 def test_one_fold_of_a_configuration_is_taken_over_by_all(
@@ -463,13 +475,13 @@ def test_one_fold_of_a_configuration_is_taken_over_by_all(
     assert stages.calls == ALL
     stages.calls.clear()
     run_stage.run(folds(tmp_path))
-    assert stages.calls == [*OF_A_FOLD, *ALL[-2:]]  # the other fold, and the two of all
+    assert stages.calls == [*OF_A_FOLD, *ALL[-3:]]  # the other fold, and the two of all
     stages.calls.clear()
     for fold in ("all", 1):
         run_stage.run(folds(tmp_path, fold=fold))
         assert stages.calls == []
     run_stage.run(folds(tmp_path, finetune_yolo={"epochs": 9}))
-    assert stages.calls == [*["detector", "predictions"] * FOLDS, *ALL[-2:]]
+    assert stages.calls == [*["detector", "predictions"] * FOLDS, *ALL[-3:]]
 
 
 def test_all_folds_killed_here_and_there_end_with_the_same_result(
