@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import base64
-import os
-import shutil
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import chromium
 import numpy as np
 import pytest
 
@@ -61,15 +60,8 @@ SHOW = """async (source) => {
 @pytest.fixture(scope="module")
 def page() -> Iterator[Any]:
     """A page of Debian's Chromium, which has H.264."""
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    chromium = shutil.which("chromium")
-    if chromium is None:
-        pytest.skip("expected chromium on the PATH (apt-get install chromium), found none")
-    with playwright.sync_playwright() as started:
-        arguments = ["--no-sandbox"] if os.geteuid() == 0 else []
-        browser = started.chromium.launch(executable_path=chromium, args=arguments)
+    with chromium.launched() as browser:
         yield browser.new_page()
-        browser.close()
 
 
 def written(path: Path, size: tuple[int, int]) -> str:

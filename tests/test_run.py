@@ -318,7 +318,10 @@ AFTER_DATASET = ALL[ALL.index("detector") :]
             {"finetune_classifier": {"small": {"seed": 3}, "large": {"model": "resnet50"}}},
             ["small", "evaluation", "review.mp4", "report"],
         ),
-        ({"finetune_classifier": {"small": {"model": "resnet18"}}}, ["evaluation", "review.mp4", "report"]),
+        (
+            {"finetune_classifier": {"small": {"model": "resnet18"}}},
+            ["evaluation", "review.mp4", "report"],
+        ),
         (
             {"segment": {"min_score": 0.5}},
             ["predictions", "truth_boxes", "evaluation", "review.mp4", "report"],

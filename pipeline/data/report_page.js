@@ -441,7 +441,7 @@ const cards = new Map(images.map((image) => [image, makeCard(image)]));
 function makeCard(image) {
   const shot = element('span', {className: 'shot', style: {'aspect-ratio': `${image.width} / ${image.height}`}});
   const text = element('span', {className: 'text'});
-  const button = element('button', {type: 'button', className: 'card', tabIndex: -1}, shot, text);
+  const button = element('button', {type: 'button', className: 'card', tabIndex: -1, 'aria-label': image.name}, shot, text);
   button.addEventListener('click', () => openViewer(image));
   const item = element('li', {}, button);
   if (image.moment !== null && pick('player')) {
