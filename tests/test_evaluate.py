@@ -367,6 +367,49 @@ def test_threshold_falls_back_and_says_so(
     assert [m["image_id"] for m in metrics["missed"]] == [2, 3, 4]
 
 
+def test_the_cheapest_threshold_comes_from_the_val_split_alone(
+    world: World, capsys: pytest.CaptureFixture[str]
+) -> None:
+    defective, also, good = world.add("val", (1, BOX)), world.add("val", (2, BOX)), world.add("val")
+    predictions = world.predict(
+        "found",
+        (defective, 1, BOX, 0.9),
+        (also, 1, BOX, 0.2),  # of the wrong class: but the part is called defective
+        (good, 3, BOX, 0.6),
+        (1, 1, BOX, 0.5),
+        (2, 2, BOX, 0.1),
+        (5, 1, BOX, 0.7),
+    )
+    data = world.write()
+    cost = {"miss": 50, "false-alarm": 1}
+    metrics = evaluate(data, predictions, threshold=None, cost=cost)
+    assert metrics["threshold"] == {
+        "value": pytest.approx(0.1),  # the middle of 0 to 0.2, where only the good image costs
+        "reason": "the cheapest on the val split, 1 for 3 images at 50 for a miss and 1 for a "
+        "false alarm",
+        "f1": None,
+    }
+    # of six test images: image 1 and 2 called defective, 3 and 4 missed, 5 a false alarm
+    expected = {"miss": 50, "false_alarm": 1, "misses": 2, "false_alarms": 1, "total": 101}
+    assert metrics["cost"] == {**expected, "per_image": pytest.approx(101 / 6, abs=1e-6)}
+    assert "Wrong decisions cost 101, 16.8 an image" in " ".join(capsys.readouterr().out.split())
+    cost = {"miss": 1, "false-alarm": 50}
+    metrics = evaluate(data, predictions, threshold=None, cost=cost)
+    assert metrics["threshold"]["value"] == pytest.approx(0.75)
+    assert metrics["cost"]["total"] == 4
+    assert evaluate(data, predictions)["cost"] is None
+
+
+def test_without_good_images_in_val_there_is_no_cheapest_threshold(world: World) -> None:
+    image = world.add("val", (1, BOX))
+    predictions = world.predict("found", (image, 1, BOX, 0.9))
+    cost = {"miss": 50, "false-alarm": 1}
+    metrics = evaluate(world.write(), predictions, threshold=None, cost=cost)
+    assert metrics["threshold"]["value"] == 0.25
+    reason = "the default, for the val split has no good images to weigh costs on"
+    assert metrics["threshold"]["reason"] == reason
+
+
 HALF = (20, 10, 20, 10)  # 10 columns of 30 in common with BOX: IoU 1/3
 
 

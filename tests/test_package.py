@@ -81,6 +81,9 @@ def test_the_wheel_has_what_ships_and_nothing_else(tmp_path: Path) -> None:
     assert configs == {path.name for path in (ROOT / "configs").glob("*.yaml")}
     sources = {p.relative_to(ROOT).as_posix() for p in (ROOT / "pipeline").rglob("*.py")}
     assert sources == {n for n in names if n.endswith(".py")}
+    pages = {p.name for p in (ROOT / "pipeline" / "data").glob("*_page.*") if p.suffix != ".py"}
+    assert {"report_page.html", "report_page.css", "report_page.js"} <= pages
+    assert pages <= {n.split("/")[-1] for n in names if n.startswith("pipeline/data/")}
     assert {n.split("/")[0] for n in names if ".dist-info/" not in n} == {"pipeline"}
     assert any(n.endswith(".dist-info/licenses/LICENSE") for n in names)
 

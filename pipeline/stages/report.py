@@ -37,6 +37,7 @@ from pipeline.data.predictions import (
     read_images,
     read_predictions,
 )
+from pipeline.data.video import probe
 from pipeline.errors import UserError
 from pipeline.plan import VIDEOS, plan
 
@@ -76,7 +77,6 @@ def run(config: ReportConfig) -> None:
     record.claim(config.out, config.force)
     record.write_config(config.out, "report", config)
 
-    (config.out / "index.html").unlink(missing_ok=True)  # of an earlier run, whose pictures go now
     pictures = _write_pictures(config, [item.sample for item in shown])
     page = report_page.Page(
         title=config.title or report.run_name(config.out.resolve().parent, figures["fold"]),
@@ -91,6 +91,10 @@ def run(config: ReportConfig) -> None:
         made=provenance.trace(inputs.evaluation, inputs.predictions, inputs.data),
     )
     write_text(config.out / "index.html", report_page.render(page))
+    if config.single_file:  # of an earlier run
+        shutil.rmtree(config.out / IMAGES, ignore_errors=True)
+    if page.video != VIDEO:
+        (config.out / VIDEO).unlink(missing_ok=True)
     record.write_record(config.out, "report", config)
     size = sum(path.stat().st_size for path in config.out.rglob("*") if path.is_file())
     print(f"report: {config.out / 'index.html'} ({len(shown)} images, {size / 1e6:.1f} MB)")
@@ -136,6 +140,8 @@ def _inputs(config: ReportConfig) -> Inputs:
             if not record.record_path(video).is_file():
                 raise UserError(f"--video: expected a video, found nothing at {video}")
             video = None  # there was nothing to show in it
+        else:
+            probe(video)
     return Inputs(config.data, config.predictions, config.evaluation, video)
 
 
@@ -348,7 +354,6 @@ def _found_ious(
 
 def _write_pictures(config: ReportConfig, samples: Sequence[Sample]) -> list[str]:
     """Where each image's picture is: a path from the page, or the picture itself as a URL."""
-    shutil.rmtree(config.out / IMAGES, ignore_errors=True)
     if config.single_file:
         return [_data_url("image/jpeg", _jpeg(sample, config.side)) for sample in samples]
     with atomic_folder(config.out / IMAGES) as folder:
@@ -369,7 +374,6 @@ def _jpeg(sample: Sample, side: int) -> bytes:
 
 def _write_video(config: ReportConfig, video: Path | None) -> str | None:
     """Where the page finds the video, as for pictures; None if there is none."""
-    (config.out / VIDEO).unlink(missing_ok=True)
     if video is None:
         return None
     if not config.single_file:
