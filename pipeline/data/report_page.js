@@ -301,7 +301,7 @@ function drawMasks(canvas, image, width, show) {
     const thickness = Math.max(1, Math.round(width / 320));
     for (const one of masks(image.truth)) {  // a white edge and one of colour: seen on any ground
       const raster = rasterOf(one.segmentation, width);
-      paint(picture.data, raster, '#ffffff', 255, 2 * thickness);
+      if (!show.small) paint(picture.data, raster, '#ffffff', 255, 2 * thickness);
       paint(picture.data, raster, data.colours[one.class], 255, thickness);
     }
   }
@@ -434,7 +434,7 @@ pick('clear').addEventListener('click', () => {
 // ---- Gallery ------------------------------------------------------------------------------------
 
 const THUMB = 256;  // pixels of a small picture's masks
-const EVERYTHING = {truth: true, prediction: true, mask: true, box: true};
+const EVERYTHING = {truth: true, prediction: true, mask: true, box: true, small: true};
 let shown = [];  // images that pass the filters, in their order
 const cards = new Map(images.map((image) => [image, makeCard(image)]));
 
