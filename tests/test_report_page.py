@@ -19,7 +19,8 @@ from pipeline.data.costs import cheapest_threshold
 from pipeline.data.files import read_json
 from pipeline.data.masks import decode_rle
 
-PAGE = 15_000  # ms that anything may take on a slow machine
+PAGE = 60_000  # ms that anything may take on a machine that is busy with trainings
+pytestmark = pytest.mark.timeout(300)
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +49,7 @@ class Opened:
         self.page.set_default_timeout(PAGE)
         self.page.on("console", self._hear)
         self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
-        self.page.goto(index.as_uri())
+        self.page.goto(index.as_uri(), wait_until="domcontentloaded")
 
     def _hear(self, message: Any) -> None:
         if message.type == "error":
@@ -349,6 +350,8 @@ def test_from_an_image_to_its_moment_in_the_video(page: Any, root: Path) -> None
     expect(page.locator("#viewer")).to_be_visible()
     page.keyboard.press("v")
     expect(page.locator("#viewer")).not_to_be_visible()
+    expect(page.locator("#player")).to_be_focused()
+    expect(page.locator("#player")).to_be_in_viewport()
 
 
 # ---- Corrections

@@ -66,8 +66,9 @@ def trace(evaluation: Path, *others: Path) -> Made:
                 waiting.append(path)
             elif path.is_file():  # of a folder of ours, or of one in it
                 waiting += [path.parent, path.parent.parent]
-    order = [section.replace("_", "-") for section in SECTIONS]
-    ordered = sorted(steps.values(), key=lambda step: (order.index(step.command), step.folder))
+    order = {section.replace("_", "-"): place for place, section in enumerate(SECTIONS)}
+    # What is no part of a run, such as another way to make a dataset, comes first.
+    ordered = sorted(steps.values(), key=lambda step: (order.get(step.command, -1), step.folder))
     return Made(ordered, list(weights.values()), _versions(_record(evaluation) or {}))
 
 

@@ -349,7 +349,11 @@ function drawBoxes(svg, image, show, current = null, unit = 0) {
 
 const KEY = `pipeline-review ${data.dataset} ${data.identity}`;
 /** By image id: {note, predictions: {index: {verdict, changed}}, missed: [{bbox, class}]} */
-const reviews = new Map(JSON.parse(kept.read(KEY) ?? '[]'));
+const reviews = new Map(keptReviews());
+
+function keptReviews() {
+  try { return JSON.parse(kept.read(KEY) ?? '[]'); } catch { return []; }
+}
 
 function reviewOf(image) {
   if (!reviews.has(image.id)) reviews.set(image.id, {note: '', predictions: {}, missed: []});
@@ -630,7 +634,7 @@ function openViewer(which) {
 viewer.addEventListener('close', () => {
   setDrawing(false);
   refreshGallery();
-  if (cards.get(image).item.hidden) return;
+  if (document.activeElement === player || cards.get(image).item.hidden) return;
   makeCurrent(image);
   cards.get(image).button.focus();
 });
