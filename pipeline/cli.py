@@ -30,6 +30,8 @@ COMMANDS: dict[str, type[config.Config]] = {
     "finetune-classifier": config.FinetuneClassifierConfig,
     "segment": config.SegmentConfig,
     "apply-review": config.ApplyReviewConfig,
+    "export": config.ExportConfig,
+    "import": config.ImportConfig,
     "evaluate": config.EvaluateConfig,
     "measure": config.MeasureConfig,
     "overlay": config.OverlayConfig,
@@ -37,6 +39,7 @@ COMMANDS: dict[str, type[config.Config]] = {
     "run": config.RunConfig,
     "weights": config.WeightsConfig,
 }
+MODULES = {"export": "export_labels", "import": "import_labels"}  # not named like their commands
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -51,7 +54,8 @@ def main(argv: list[str] | None = None) -> None:
     command = arguments.pop("command")
     try:
         settings = _settings(COMMANDS[command], arguments, unknown)
-        stage = importlib.import_module(f"pipeline.stages.{command.replace('-', '_')}")
+        name = MODULES.get(command, command.replace("-", "_"))
+        stage = importlib.import_module(f"pipeline.stages.{name}")
         stage.run(settings)
     except UserError as error:
         for problem in error.problems:

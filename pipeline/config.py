@@ -394,6 +394,48 @@ class ApplyReviewConfig(StageConfig):
     offline: bool = Field(False, description="never download")
 
 
+ExchangeFormat = Literal["cvat", "label-studio", "fiftyone", "coco", "yolo-seg", "datumaro"]
+Link = Literal["hardlink", "symlink", "copy"]
+
+
+class ExportConfig(StageConfig):
+    """Write labels or predictions for annotation tools and other libraries."""
+
+    inputs: ClassVar[tuple[str, ...]] = ("data", "predictions")
+    data: Path = Field(description="dataset folder written by `pipeline convert`")
+    to: ExchangeFormat = Field(
+        description="format; all hold masks to the pixel but yolo-seg, whose polygons' loss is "
+        "printed"
+    )
+    predictions: Path | None = Field(
+        None,
+        description="output folder of `pipeline segment`: its images alone, with what was found "
+        "on them instead of their labels, for people to correct",
+    )
+    threshold: Fraction = Field(0.25, description="score from which a prediction is written")
+    link: Link = Field(
+        "hardlink",
+        description="how images get into the folder (a hard link may fall back to copy)",
+    )
+
+
+class ImportConfig(StageConfig):
+    """Make a new version of a dataset from labels that people corrected."""
+
+    inputs: ClassVar[tuple[str, ...]] = ("source", "data")
+    from_: ExchangeFormat = Field(description="format of the labels")
+    source: Path = Field(description="file, folder or ZIP file that the annotation tool has saved")
+    data: Path = Field(
+        description="dataset folder whose images were labelled; it stays as it is, and images that "
+        "the source lacks keep their labels"
+    )
+    out: Path = Field(description="folder for the new dataset: same images, ids, splits and folds")
+    link: Link = Field(
+        "hardlink",
+        description="how images get into the dataset (a hard link may fall back to copy)",
+    )
+
+
 class EvaluateConfig(StageConfig):
     """Measure boxes, masks and the image decision, beside the classifier baseline."""
 
@@ -750,7 +792,9 @@ def build(
 
 def flag_of(cls: type[Config], field: str) -> str:
     """How the command line spells a field."""
-    return field if field in cls.positional else f"--{field.replace('_', '-')}"
+    if field in cls.positional:
+        return field
+    return f"--{field.rstrip('_').replace('_', '-')}"  # one that Python wants for itself ends in _
 
 
 EXPECTED = {  # of pydantic's types of problems, where its own words would not fit

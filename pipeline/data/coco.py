@@ -5,16 +5,19 @@ Both formats derive from one half-open pixel box. COCO: https://cocodataset.org/
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 from pycocotools import mask as coco_mask
 
 from pipeline.data.dataset import Sample, split_name
 from pipeline.data.files import read_json, write_json, write_text
+from pipeline.data.masks import box_of, decode_rle, encode_rle
 from pipeline.data.splits import Split
 from pipeline.errors import UserError
 
@@ -29,6 +32,7 @@ class Instance:
     box: Box  # half-open pixels: x1, y1, x2, y2
     area: int  # pixels of the mask
     rle: dict[str, Any]
+    score: float | None = None  # of a prediction
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,11 @@ class Item:
     width: int
     height: int
     instances: tuple[Instance, ...]
+
+
+def instance_of(cls: str, mask: np.ndarray, score: float | None = None) -> Instance:
+    """The instance of a (height, width) bool mask. Raises `ValueError` if it has no pixels."""
+    return Instance(cls, box_of(mask), int(np.count_nonzero(mask)), encode_rle(mask), score)
 
 
 def yolo_label(box: Box, width: int, height: int) -> tuple[float, float, float, float]:
@@ -59,7 +68,7 @@ def write_truth(folder: Path, items: Sequence[Item], classes: Sequence[str]) -> 
             values = " ".join(f"{value:.9f}" for value in label)
             text += f"{classes.index(instance.cls)} {values}\n"
         write_text(folder / "labels" / (Path(item.file_name).stem + ".txt"), text)
-    coco = _instances(items, classes)
+    coco = instances_json(items, classes)
     write_json(folder / "annotations" / "instances.json", coco)
     return coco
 
@@ -84,7 +93,8 @@ def write_split(
     write_text(folder / ("data.yaml" if fold is None else f"fold{fold}.yaml"), text)
 
 
-def _instances(items: Iterable[Item], classes: Sequence[str]) -> dict[str, Any]:
+def instances_json(items: Iterable[Item], classes: Sequence[str]) -> dict[str, Any]:
+    """COCO instances. Ids are from 1: of images and annotations in the order of `items`."""
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     for image_id, item in enumerate(items, start=1):
@@ -92,17 +102,18 @@ def _instances(items: Iterable[Item], classes: Sequence[str]) -> dict[str, Any]:
         images.append({"id": image_id, "file_name": item.file_name, **size})
         for instance in item.instances:
             x1, y1, x2, y2 = instance.box
-            annotations.append(
-                {
-                    "id": len(annotations) + 1,
-                    "image_id": image_id,
-                    "category_id": classes.index(instance.cls) + 1,
-                    "bbox": [x1, y1, x2 - x1, y2 - y1],
-                    "area": instance.area,
-                    "segmentation": instance.rle,
-                    "iscrowd": 0,
-                }
-            )
+            annotation: dict[str, Any] = {
+                "id": len(annotations) + 1,
+                "image_id": image_id,
+                "category_id": classes.index(instance.cls) + 1,
+                "bbox": [x1, y1, x2 - x1, y2 - y1],
+                "area": instance.area,
+                "segmentation": instance.rle,
+                "iscrowd": 0,
+            }
+            if instance.score is not None:
+                annotation["score"] = instance.score
+            annotations.append(annotation)
     categories = [{"id": i, "name": name} for i, name in enumerate(classes, start=1)]
     return {"images": images, "annotations": annotations, "categories": categories}
 
@@ -124,14 +135,54 @@ def read_coco(path: Path, images: Path | None = None) -> tuple[tuple[str, ...], 
     parent, or in a folder named images in either. Raises `UserError` when the file is not COCO's,
     has no images, or where they are not found.
     """
+    with _as_instances(path) as coco:
+        if not coco["images"]:
+            raise UserError(f"{path}: expected images, found none")
+        return _classes_and_samples(path, coco, images)
+
+
+def read_instances(path: Path) -> list[Item]:
+    """The images and masks of any COCO instances file, whose images need not be there.
+
+    Masks may be of any kind; crowds and masks without pixels are left out. Raises `UserError` when
+    the file is not COCO's, and for an annotation without a mask.
+    """
+    with _as_instances(path) as coco:
+        names = {category["id"]: str(category["name"]) for category in coco["categories"]}
+        found: dict[int, list[Instance]] = {image["id"]: [] for image in coco["images"]}
+        sizes = {
+            image["id"]: (int(image["height"]), int(image["width"])) for image in coco["images"]
+        }
+        for annotation in coco["annotations"]:
+            if annotation.get("iscrowd"):
+                continue
+            if not annotation.get("segmentation"):
+                raise UserError(
+                    f"{path}: annotation {annotation.get('id')}: expected a mask, found none"
+                )
+            image_id = annotation["image_id"]
+            rle = run_lengths(annotation["segmentation"], *sizes[image_id])
+            mask = decode_rle(rle)
+            if mask.any():
+                cls = names[annotation["category_id"]]
+                found[image_id].append(instance_of(cls, mask))
+        return [
+            Item(
+                Path(image["file_name"]).name, *sizes[image["id"]][::-1], tuple(found[image["id"]])
+            )
+            for image in coco["images"]
+        ]
+
+
+@contextmanager
+def _as_instances(path: Path) -> Iterator[dict[str, Any]]:
+    """The content of a COCO file. Whatever is wrong in it becomes a `UserError`."""
     coco = read_json(path)
     if not isinstance(coco, dict) or not {"images", "annotations", "categories"} <= coco.keys():
         raise UserError(f"{path}: expected COCO instances, found other JSON")
-    if not coco["images"]:
-        raise UserError(f"{path}: expected images, found none")
     try:
-        return _classes_and_samples(path, coco, images)
-    except (KeyError, TypeError, ValueError, IndexError) as error:
+        yield coco
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         found = f"{type(error).__name__}: {error}"
         raise UserError(f"{path}: expected COCO instances, found other entries ({found})") from None
 
@@ -153,7 +204,7 @@ def _classes_and_samples(
                 "area": width * height,
             }
             if annotation.get("segmentation"):
-                rle = _run_lengths(annotation["segmentation"], *sizes[image_id])
+                rle = run_lengths(annotation["segmentation"], *sizes[image_id])
                 entry |= {"segmentation": rle, "area": int(coco_mask.area(rle))}
             annotations[image_id].append(entry)
     folder = images or _image_folder(path, coco["images"][0]["file_name"])
@@ -181,7 +232,7 @@ def _image_folder(path: Path, name: str) -> Path:
     return next((folder for folder in near if (folder / name).is_file()), path.parent)
 
 
-def _run_lengths(shape: Any, height: int, width: int) -> dict[str, Any]:
+def run_lengths(shape: Any, height: int, width: int) -> dict[str, Any]:
     """Compressed run lengths of polygons or of run lengths of any kind."""
     if isinstance(shape, list):
         if any(len(polygon) < 6 or len(polygon) % 2 for polygon in shape):

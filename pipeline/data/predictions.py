@@ -14,16 +14,18 @@ import reprlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import supervision as sv
 
 from pipeline.data import quality
-from pipeline.data.dataset import Sample
 from pipeline.data.files import read_json, write_json
 from pipeline.data.masks import decode_rle, encode_rle, is_rle
 from pipeline.errors import UserError
+
+if TYPE_CHECKING:  # which itself reads results
+    from pipeline.data.dataset import Sample
 
 PREDICTIONS = "predictions.json"
 IMAGES = "images.json"
@@ -107,6 +109,60 @@ def read_results(path: Path, prompt: str = "boxes") -> dict[int, list[dict[str, 
                 raise UserError(f"{path}: entry {i}: {key}: expected {expected}, {found}")
         grouped.setdefault(entry["image_id"], []).append(entry)
     return grouped
+
+
+def check_masks(
+    folder: Path,
+    classes: Sequence[str],
+    images: Sequence[Mapping[str, Any]],
+    results: Mapping[int, Sequence[Mapping[str, Any]]],
+) -> None:
+    """Raises `UserError` for predictions without masks, or that do not fit their images."""
+    path = folder / PREDICTIONS
+    entries = [entry for group in results.values() for entry in group]
+    if bare := sum(not entry.get("segmentation") for entry in entries):
+        raise UserError(
+            f"{path}: expected a mask in each of {len(entries)} entries, found {bare} without"
+        )
+    sizes = {image["id"]: (image["height"], image["width"]) for image in images}
+    if strange := sorted(results.keys() - sizes.keys()):
+        raise UserError(
+            f"{path}: expected images of {folder / IMAGES}, found the id {strange[0]}, not there"
+        )
+    for entry in entries:
+        where = f"{path}: image {entry['image_id']}"
+        if entry["category_id"] > len(classes):
+            raise UserError(
+                f"{where}: expected a category of 1 to {len(classes)}, found {entry['category_id']}"
+            )
+        height, width = sizes[entry["image_id"]]
+        if not is_rle(entry["segmentation"], (height, width)):
+            raise UserError(
+                f"{where}: expected a mask as compressed run lengths, of {height} rows and "
+                f"{width} columns, found {reprlib.repr(entry['segmentation'])}"
+            )
+
+
+def mismatches(
+    folder: Path, images: Iterable[Mapping[str, Any]], samples: Iterable[Sample]
+) -> list[str]:
+    """A problem for each sample that is not as the COCO images of a predictions folder have it."""
+    known = {
+        image["id"]: (Path(image["file_name"]).name, image["width"], image["height"])
+        for image in images
+    }
+    problems = []
+    for sample in samples:
+        expected = (sample.path.name, sample.width, sample.height)
+        image = known.get(sample.image_id)
+        if image != expected:
+            name, width, height = expected
+            other = "none" if image is None else "{} with {}x{}".format(*image)
+            problems.append(
+                f"{folder / IMAGES}: image {sample.image_id}: "
+                f"expected {name} with {width}x{height} pixels, found {other}"
+            )
+    return problems
 
 
 def check_prompts(
@@ -209,22 +265,9 @@ def read_predictions(
         raise UserError(
             f"{folder / IMAGES}: expected the classes {list(classes)}, found {list(found)}"
         )
-    known = {
-        image["id"]: (Path(image["file_name"]).name, image["width"], image["height"])
-        for image in images
-    }
+    known = {image["id"] for image in images}
     by_id = {s.image_id: s for s in val if s.image_id in known} | {s.image_id: s for s in samples}
-    problems = []
-    for sample in by_id.values():
-        expected = (sample.path.name, sample.width, sample.height)
-        image = known.get(sample.image_id)
-        if image != expected:
-            name, width, height = expected
-            other = "none" if image is None else "{} with {}x{}".format(*image)
-            problems.append(
-                f"{folder / IMAGES}: image {sample.image_id}: "
-                f"expected {name} with {width}x{height} pixels, found {other}"
-            )
+    problems = mismatches(folder, images, by_id.values())
     results = read_results(folder / PREDICTIONS)
     wanted = list(by_id.values())
     problems += _check_entries(folder / PREDICTIONS, results, len(classes), wanted)

@@ -12,14 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import cv2
-import numpy as np
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
 from pipeline.config import ConvertConfig
 from pipeline.data import dataset_folder, masks, mvtec, splits
-from pipeline.data.coco import Instance, Item
+from pipeline.data.coco import Item, instance_of
 from pipeline.data.dataset import GOOD
 from pipeline.data.dataset_folder import MANIFEST, Counts, raise_any
 from pipeline.data.files import read_json, sha256, write_json
@@ -133,9 +132,7 @@ def _source(entry: mvtec.Entry, config: ConvertConfig) -> Source:
         parts, merged = masks.components(picture.mask, config.min_area)
         if entry.cls in config.one_per_image:
             parts, merged = [picture.mask], merged + len(parts) - 1
-        for part in parts:
-            area = int(np.count_nonzero(part))
-            instances.append(Instance(entry.cls, masks.box_of(part), area, masks.encode_rle(part)))
+        instances = [instance_of(entry.cls, part) for part in parts]
     suffix = ".png" if picture.convert else entry.image.suffix
     return Source(
         entry=entry,

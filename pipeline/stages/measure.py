@@ -21,11 +21,9 @@ from __future__ import annotations
 
 import csv
 import io
-import reprlib
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -38,7 +36,7 @@ from pipeline.config import MeasureConfig
 from pipeline.data.files import write_text
 from pipeline.data.masks import decode_rle
 from pipeline.data.measurements import LENGTHS, Measurement, in_millimetres, measure
-from pipeline.data.predictions import IMAGES, PREDICTIONS, read_images, read_results
+from pipeline.data.predictions import PREDICTIONS, check_masks, read_images, read_results
 from pipeline.errors import UserError
 
 PIXEL_COLUMNS = (
@@ -53,7 +51,7 @@ def run(config: MeasureConfig) -> None:
     _check_out(config)
     classes, images = read_images(config.predictions)
     results = read_results(config.predictions / PREDICTIONS)
-    _check(config.predictions, classes, images, results)
+    check_masks(config.predictions, classes, images, results)
     kept = [
         (image, entry)
         for image in images
@@ -83,39 +81,6 @@ def _check_out(config: MeasureConfig) -> None:
     if config.out.suffix.lower() != ".csv":
         raise UserError(f"--out: expected a file ending in .csv, found {config.out}")
     record.claim_file(config.out, config.force)
-
-
-def _check(
-    folder: Path,
-    classes: Sequence[str],
-    images: Sequence[Mapping[str, Any]],
-    results: Mapping[int, Sequence[Mapping[str, Any]]],
-) -> None:
-    """Raises `UserError` for predictions without masks, or that do not fit their images."""
-    path = folder / PREDICTIONS
-    entries = [entry for group in results.values() for entry in group]
-    if bare := sum(not entry.get("segmentation") for entry in entries):
-        raise UserError(
-            f"{path}: expected a mask in each of {len(entries)} entries, found {bare} without"
-        )
-    sizes = {image["id"]: [image["height"], image["width"]] for image in images}
-    if strange := sorted(results.keys() - sizes.keys()):
-        raise UserError(
-            f"{path}: expected images of {folder / IMAGES}, found the id {strange[0]}, not there"
-        )
-    for entry in entries:
-        where = f"{path}: image {entry['image_id']}"
-        if entry["category_id"] > len(classes):
-            raise UserError(
-                f"{where}: expected a category of 1 to {len(classes)}, found {entry['category_id']}"
-            )
-        mask, (height, width) = entry["segmentation"], sizes[entry["image_id"]]
-        is_rle = isinstance(mask, dict) and isinstance(mask.get("counts"), str)
-        if not is_rle or mask.get("size") != [height, width]:
-            raise UserError(
-                f"{where}: expected a mask as compressed run lengths, "
-                f"of {height} rows and {width} columns, found {reprlib.repr(mask)}"
-            )
 
 
 # Measuring
