@@ -96,7 +96,7 @@ def test_every_command_has_help_with_every_option(
     assert (cls.__doc__ or "").splitlines()[0] in " ".join(text.split())
     for name in cls.model_fields:
         if name not in config.SECTIONS and name not in cls.positional:
-            assert f"--{name.replace('_', '-')}" in text
+            assert config.flag_of(cls, name) in text
 
 
 def test_help_shows_defaults(capsys: pytest.CaptureFixture[str]) -> None:

@@ -197,7 +197,7 @@ def changed(**values: Any) -> Any:
         (changed(segmentation=encode_rle(np.ones((80, 50)))), "'size': [80, 50]"),
         (
             changed(segmentation=encode_rle(np.ones((500, 80))) | {"size": [50, 80]}),
-            "a, with a comma.png: expected",
+            "image 3: expected a mask as compressed run lengths, of 50 rows and 80",
         ),
     ],
 )

@@ -101,13 +101,7 @@ def _row(
     }
     if entry.get("quality") is not None:
         row["quality"] = entry["quality"]
-    try:
-        mask = decode_rle(entry["segmentation"])
-    except ValueError as error:
-        raise UserError(
-            f"--predictions: {image['file_name']}: expected the run lengths of a mask: {error}"
-        ) from None
-    return row | _measured(mask, mm_per_px)
+    return row | _measured(decode_rle(entry["segmentation"]), mm_per_px)
 
 
 def _measured(mask: np.ndarray, mm_per_px: float | None) -> Row:
