@@ -1,5 +1,6 @@
 # make demo    the whole job, on data it renders itself: ends with a table, a report and a video
 # make test    the tests
+# make tools   an environment with annotation tools' own libraries, for the tests of export and import
 # make check   formatting, lint, types, tests: what a change has to pass
 #
 # Each makes the environment .venv first, and again when pyproject.toml changes.
@@ -14,7 +15,7 @@ WORKERS ?= 2
 VENV := .venv
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test check clean
+.PHONY: demo test tools check clean
 
 demo: $(INSTALLED)
 	$(VENV)/bin/pipeline run configs/demo.yaml
@@ -22,7 +23,9 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(WORKERS)
 
-check: $(INSTALLED)
+tools: $(VENV)-tools/.installed
+
+check: $(INSTALLED) tools
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
@@ -45,4 +48,9 @@ $(INSTALLED): pyproject.toml
 		exit 1; \
 	fi
 	$(VENV)/bin/python -m pip install $(PIP_ARGS) --editable ".[dev]"
+	@touch $@
+
+$(VENV)-tools/.installed: tests/annotation_tools.txt $(INSTALLED)
+	$(VENV)/bin/python -m venv $(VENV)-tools
+	$(VENV)-tools/bin/python -m pip install --requirement tests/annotation_tools.txt
 	@touch $@

@@ -130,9 +130,11 @@ def _add_flag(parser: argparse.ArgumentParser, flag: str, name: str, info: Any) 
         parser.add_argument(flag, nargs="+", action="extend", help=text, metavar="KEY=TEXT")
     elif "dict[str, Any]" not in str(kind):  # a run's sections come from its YAML file, or --set
         choices = typing.get_args(kind) if origin is typing.Literal else ()
-        nargs = None if flag.startswith("-") else "?"  # it may also stand in the file of --config
         metavar = "|".join(choices) or name.upper()
-        parser.add_argument(flag, nargs=nargs, help=text, metavar=metavar)
+        if flag.startswith("-"):
+            parser.add_argument(flag, help=text, metavar=metavar, dest=name)
+        else:  # it may also stand in the file of --config
+            parser.add_argument(flag, help=text, metavar=metavar, nargs="?")
 
 
 def _settings(cls: type[config.Config], flags: dict[str, Any], unknown: list[str]) -> config.Config:

@@ -33,6 +33,7 @@ def read_datumaro(folder: Path, name: str = "datumaro") -> Found:
     for item in dataset:
         masks = [a for a in item.annotations if a.type == datumaro.AnnotationType.mask]
         found[Path(item.media.path).name] = {
+            "path": item.media.path,
             "size": item.media.size,
             "instances": [(classes[a.label], a.image > 0, score_in(a.attributes)) for a in masks],
         }
@@ -51,7 +52,7 @@ def write_datumaro(found: Found, classes: list[str], out: Path, name: str = "dat
     items = [
         datumaro.DatasetItem(
             id=Path(file).stem,
-            media=Image.from_numpy(np.zeros((*image["size"], 3), np.uint8), ext=Path(file).suffix),
+            media=Image.from_file(path=image["path"], size=image["size"]),
             annotations=[
                 Mask(mask, label=classes.index(cls), id=i, group=i)
                 for i, (cls, mask, _) in enumerate(image["instances"], start=1)
@@ -184,7 +185,8 @@ def read_fiftyone(folder: Path) -> Found:
 
 
 def write_fiftyone(found: Found, classes: list[str], out: Path) -> None:
-    import fiftyone
+    import fiftyone.core.labels as labels
+    import fiftyone.core.metadata as sizes
     from fiftyone.utils.coco import COCODetectionDatasetExporter
 
     exporter = COCODetectionDatasetExporter(str(out), classes=classes, export_media=False)
@@ -197,9 +199,11 @@ def write_fiftyone(found: Found, classes: list[str], out: Path) -> None:
                 top, bottom, left, right = rows[0], rows[-1] + 1, columns[0], columns[-1] + 1
                 box = [left / width, top / height, (right - left) / width, (bottom - top) / height]
                 crop = mask[top:bottom, left:right]
-                detections.append(fiftyone.Detection(label=cls, bounding_box=box, mask=crop))
-            size = fiftyone.ImageMetadata(width=width, height=height, num_channels=3)
-            exporter.export_sample(name, fiftyone.Detections(detections=detections), metadata=size)
+                # Of a crowd it writes run lengths, of others polygons.
+                detection = labels.Detection(label=cls, bounding_box=box, mask=crop, iscrowd=1)
+                detections.append(detection)
+            size = sizes.ImageMetadata(width=width, height=height, num_channels=3)
+            exporter.export_sample(name, labels.Detections(detections=detections), metadata=size)
 
 
 def as_json(found: Found, scores: bool = True) -> dict[str, Any]:
@@ -242,7 +246,7 @@ def main(action: str, kind: str, folder: str, *more: str) -> None:
     out, emptied = more
     corrected = {
         name: {
-            "size": image["size"],
+            **image,
             "instances": [
                 (cls, np.fliplr(mask), score)
                 for cls, mask, score in image["instances"]

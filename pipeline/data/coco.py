@@ -144,8 +144,9 @@ def read_coco(path: Path, images: Path | None = None) -> tuple[tuple[str, ...], 
 def read_instances(path: Path) -> list[Item]:
     """The images and masks of any COCO instances file, whose images need not be there.
 
-    Masks may be of any kind; crowds and masks without pixels are left out. Raises `UserError` when
-    the file is not COCO's, and for an annotation without a mask.
+    Masks may be of any kind, and those without pixels are left out. Crowds count like all others,
+    since datumaro and CVAT call every mask of run lengths one. Raises `UserError` when the file is
+    not COCO's, and for an annotation without a mask.
     """
     with _as_instances(path) as coco:
         names = {category["id"]: str(category["name"]) for category in coco["categories"]}
@@ -154,8 +155,6 @@ def read_instances(path: Path) -> list[Item]:
             image["id"]: (int(image["height"]), int(image["width"])) for image in coco["images"]
         }
         for annotation in coco["annotations"]:
-            if annotation.get("iscrowd"):
-                continue
             if not annotation.get("segmentation"):
                 raise UserError(
                     f"{path}: annotation {annotation.get('id')}: expected a mask, found none"

@@ -30,6 +30,15 @@ RECORD = ("config.yaml", "run.json")  # of `pipeline.record`: they say when and 
 Counts = dict[str, dict[str, dict[str, int]]]  # split -> class -> images and instances
 
 
+def check_apart(out: Path, read: Mapping[str, Path]) -> None:
+    """Raise `UserError` if the output is in what is read, by flag, or around it."""
+    place = out.resolve()
+    for flag, path in read.items():
+        other = path.resolve()
+        if other.is_relative_to(place) or place.is_relative_to(other):
+            raise UserError(f"--out: expected a folder apart from {flag}, found {place}")
+
+
 def not_ours(out: Path) -> list[str]:
     """Why a folder cannot be an output, if so."""
     if out.exists() and not out.is_dir():

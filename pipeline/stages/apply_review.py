@@ -40,9 +40,9 @@ from rich.table import Table
 from pipeline.config import ApplyReviewConfig, flag_of
 from pipeline.data import dataset_folder, masks, mvtec
 from pipeline.data.coco import Instance, Item
-from pipeline.data.dataset import GOOD, HARD_NEGATIVES, Dataset, Sample
-from pipeline.data.dataset_folder import MANIFEST, Counts, raise_any
-from pipeline.data.files import read_image, read_json, sha256, write_json
+from pipeline.data.dataset import GOOD, HARD_NEGATIVES, Sample
+from pipeline.data.dataset_folder import MANIFEST, Counts, check_apart, raise_any
+from pipeline.data.files import read_image, sha256, write_json
 from pipeline.data.matching import MATCH_IOU
 from pipeline.data.review import (
     Defect,
@@ -55,11 +55,11 @@ from pipeline.data.review import (
     read_review,
 )
 from pipeline.data.splits import Split
+from pipeline.data.version import read_version, shown_class, updated
 from pipeline.errors import UserError
 from pipeline.models.segmenter import Segmenter
 
 COMMAND = "apply-review"
-PARTS = ("train", "val", "test")
 LABELS_CHANGED = ("added", "class changed", "removed")  # of `pipeline.data.review.Change`
 
 
@@ -94,7 +94,10 @@ def run(config: ApplyReviewConfig) -> None:
     cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
     config = _absolute(config)
     raise_any(dataset_folder.not_ours(config.out))
-    _check_apart(config)
+    read = {name: getattr(config, name) for name in ("review", "data", "images")}
+    check_apart(
+        config.out, {flag_of(ApplyReviewConfig, k): p for k, p in read.items() if p is not None}
+    )
     review = read_review(config.review)
     source = _read(config.data)
     reviewed = _reviewed(config, review, source)
@@ -104,13 +107,13 @@ def run(config: ApplyReviewConfig) -> None:
         source = _joined(config.images, source, [picture for picture, _ in reviewed], outcomes)
 
     items = [_item(picture, outcomes.get(picture.image_id)) for picture in source.pictures]
-    class_of = {item.file_name: _shown_class(item) for item in items}
+    class_of = {item.file_name: shown_class(item) for item in items}
     counts = dataset_folder.count(items, class_of, source.classes, source.split)
     applied = _account(config, review, source, outcomes, boxed)
     with dataset_folder.work_folder(config.out.parent) as work:
         built = Path(work) / "dataset"
         _write(built, config.out, source, items, outcomes)
-        write_json(built / MANIFEST, _manifest(source, items, class_of, counts, applied))
+        write_json(built / MANIFEST, _manifest(source, items, counts, applied))
         unchanged = dataset_folder.same(config.out, built)
         if not unchanged:
             raise_any(dataset_folder.in_the_way(config.out, config.force))
@@ -123,49 +126,19 @@ def _absolute(config: ApplyReviewConfig) -> ApplyReviewConfig:
     return config.model_copy(update={k: p.resolve() for k, p in paths.items() if p is not None})
 
 
-def _check_apart(config: ApplyReviewConfig) -> None:
-    for name in ("review", "data", "images"):
-        path = getattr(config, name)
-        if path is not None and (
-            path.is_relative_to(config.out) or config.out.is_relative_to(path)
-        ):
-            flag = flag_of(ApplyReviewConfig, name)
-            raise UserError(f"--out: expected a folder apart from {flag}, found {config.out}")
-
-
 # ---- Reading -----------------------------------------------------------------------------------
 
 
 def _read(root: Path) -> Source:
     """The dataset that is corrected. Raises `UserError` for one that cannot be."""
-    dataset = Dataset(root)
-    samples = dataset.images()
-    if [sample.image_id for sample in samples] != list(range(1, len(samples) + 1)):
-        raise UserError(f"{root}: expected images with ids from 1 in their order, found others")
-    for sample in samples:
-        if any("segmentation" not in annotation for annotation in sample.annotations):
-            raise UserError(f"{root}: expected a mask of each label, found none in {sample.path}")
-    manifest = read_json(root / MANIFEST)
-    if not _is_manifest(manifest):
-        raise UserError(f"{root / MANIFEST}: expected that of a dataset, found other JSON")
+    version = read_version(root)
     return Source(
-        pictures=[_picture(sample, dataset.classes) for sample in samples],
-        classes=dataset.classes,
-        split=_split(dataset, None),
-        folds=[_split(dataset, fold) for fold in range(dataset.fold_count())],
-        manifest=manifest,
+        pictures=[_picture(sample, version.classes) for sample in version.samples],
+        classes=version.classes,
+        split=version.split,
+        folds=version.folds,
+        manifest=version.manifest,
     )
-
-
-def _is_manifest(value: Any) -> bool:
-    if not isinstance(value, dict) or not isinstance(value.get("reviews", []), list):
-        return False
-    images = value.get("images")
-    return isinstance(images, list) and all(isinstance(image, dict) for image in images)
-
-
-def _split(dataset: Dataset, fold: int | None) -> Split:
-    return {part: [sample.path.name for sample in dataset.split(part, fold)] for part in PARTS}
 
 
 def _picture(sample: Sample, classes: Sequence[str]) -> Picture:
@@ -319,7 +292,7 @@ def _joined(
     joined: list[Picture] = []
     problems = []
     for picture in new:
-        cls = _shown_class(_item(picture, outcomes[picture.image_id]))
+        cls = shown_class(_item(picture, outcomes[picture.image_id]))
         stem = f"{cls}__{folder.name}_{picture.path.stem}"
         if stem in taken:
             problems.append(f"{picture.path}: expected a name of its own, found {stem} taken")
@@ -358,11 +331,6 @@ def _instance(label: Defect) -> Instance:
     assert label.rle is not None
     mask = masks.decode_rle(label.rle)
     return Instance(label.cls, masks.box_of(mask), int(np.count_nonzero(mask)), label.rle)
-
-
-def _shown_class(item: Item) -> str:
-    """The class of an image: that of its largest instance, or good."""
-    return max(item.instances, key=lambda i: i.area).cls if item.instances else GOOD
 
 
 def _write(
@@ -453,23 +421,16 @@ def _account(
 def _manifest(
     source: Source,
     items: Sequence[Item],
-    class_of: Mapping[str, str],
     counts: Counts,
     applied: dict[str, Any],
 ) -> dict[str, Any]:
     """The manifest of the old version, brought up to date."""
-    known = {image.get("file"): image for image in source.manifest["images"]}
-    part_of = {name: part for part, names in source.split.items() for name in names}
-    images = []
-    for picture, item in zip(source.pictures, items, strict=True):
-        file = f"images/{item.file_name}"
-        image = dict(known.get(file) or _origin(picture, file))
-        image |= {"class": class_of[item.file_name], "split": part_of[item.file_name]}
-        if item.instances or "instances" in image:
-            image["instances"] = len(item.instances)
-        images.append(image)
+    known = {image.get("file") for image in source.manifest["images"]}
+    files = {f"images/{picture.file_name}": picture for picture in source.pictures}
+    new = [_origin(picture, file) for file, picture in files.items() if file not in known]
+    manifest = {**source.manifest, "images": [*source.manifest["images"], *new]}
     reviews = [*source.manifest.get("reviews", []), applied]
-    return {**source.manifest, "counts": counts, "images": images, "reviews": reviews}
+    return {**updated(manifest, items, source.split, counts), "reviews": reviews}
 
 
 def _origin(picture: Picture, file: str) -> dict[str, Any]:

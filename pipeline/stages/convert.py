@@ -20,9 +20,8 @@ from pipeline.config import ConvertConfig
 from pipeline.data import dataset_folder, masks, mvtec, splits
 from pipeline.data.coco import Item, instance_of
 from pipeline.data.dataset import GOOD
-from pipeline.data.dataset_folder import MANIFEST, Counts, raise_any
+from pipeline.data.dataset_folder import MANIFEST, Counts, check_apart, raise_any
 from pipeline.data.files import read_json, sha256, write_json
-from pipeline.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,7 @@ def run(config: ConvertConfig) -> None:
     cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
     found = mvtec.categories(config.source)
     single = found == [config.source]
-    _check_apart(config)
+    check_apart(config.out, {"--source": config.source})
     out = config.out.resolve()
     places = [out] if single else [out / source.name for source in found]
     raise_any(problem for place in places for problem in dataset_folder.not_ours(place))
@@ -88,19 +87,17 @@ def run(config: ConvertConfig) -> None:
         _report(category, table, unchanged)
 
 
-def _check_apart(config: ConvertConfig) -> None:
-    source, out = config.source.resolve(), config.out.resolve()
-    if source.is_relative_to(out) or out.is_relative_to(source):
-        raise UserError(f"--out: expected a folder apart from --source, found {out}")
-
-
 def _reviewed(out: Path) -> list[str]:
     """Why a dataset is not replaced even if forced, if so: `pipeline run` forces, too."""
     path = out / MANIFEST
     manifest = read_json(path) if path.is_file() else {}
-    if not isinstance(manifest, dict) or "reviews" not in manifest:
+    if not isinstance(manifest, dict):
         return []
-    return [f"--out: expected a dataset without a person's work in it, found reviews in {path}"]
+    return [
+        f"--out: expected a dataset without a person's work in it, found {work} in {path}"
+        for work in ("reviews", "imports")
+        if work in manifest
+    ]
 
 
 def _read(config: ConvertConfig) -> Category:

@@ -16,10 +16,10 @@ from pipeline.config import ExportConfig
 from pipeline.data import exchange
 from pipeline.data.coco import Item, instance_of
 from pipeline.data.dataset import Dataset, Sample
-from pipeline.data.dataset_folder import place_image, raise_any
+from pipeline.data.dataset_folder import check_apart, place_image, raise_any
 from pipeline.data.exchange import outline
-from pipeline.data.exchange.labels import Labels, item_of
-from pipeline.data.files import atomic_folder
+from pipeline.data.exchange.labels import Labels
+from pipeline.data.files import atomic_folder, read_json
 from pipeline.data.masks import decode_rle
 from pipeline.data.predictions import (
     PREDICTIONS,
@@ -28,6 +28,7 @@ from pipeline.data.predictions import (
     read_images,
     read_results,
 )
+from pipeline.data.version import item_of, names_in
 from pipeline.errors import UserError
 
 COMMAND = "export"
@@ -48,7 +49,7 @@ NEXT = {
 def run(config: ExportConfig) -> None:
     """Write the labels, or the predictions, in another format. Raises `UserError` for bad input."""
     dataset = Dataset(config.data)
-    record.check_folder(config.out, config.force)
+    _check_out(config)
     samples = dataset.images()
     if config.predictions is None:
         items, without = [item_of(sample, dataset.classes) for sample in samples], 0
@@ -56,8 +57,8 @@ def run(config: ExportConfig) -> None:
         samples, items, without = _predicted(config, config.predictions, dataset, samples)
     names = {item.file_name for item in items}
     splits = {
-        part: [s.path.name for s in dataset.split(part) if s.path.name in names]
-        for part in ("train", "val", "test")
+        part: [name for name in members if name in names]
+        for part, members in names_in(dataset).items()
     }
     out = config.out.resolve()
     labels = Labels(out, dataset.classes, items, splits, config.predictions is not None)
@@ -75,6 +76,16 @@ def run(config: ExportConfig) -> None:
         print(f"{without} predictions without a pixel left out")
     print(f"{config.out}: {len(items)} images, {masks} masks")
     Console().print(f"next: {NEXT[config.to].format(out=out)}", soft_wrap=True, highlight=False)
+
+
+def _check_out(config: ExportConfig) -> None:
+    """Raises `UserError` for an output that may not be replaced: it would be as a whole."""
+    read = {"--data": config.data, "--predictions": config.predictions}
+    check_apart(config.out, {name: path for name, path in read.items() if path is not None})
+    record.check_folder(config.out, config.force)
+    made = config.out / "run.json"
+    if made.is_file() and read_json(made).get("command") != COMMAND:
+        raise UserError(f"--out: expected a new folder or an earlier export, found {config.out}")
 
 
 def _predicted(

@@ -1,6 +1,9 @@
 """COCO instances with run lengths, in the folders that CVAT, datumaro and FiftyOne look for.
 
 https://cocodataset.org/#format-data. Predictions have a `score` as well, as COCO results do.
+
+What a file says is read to the pixel, but not every tool writes it so: datumaro and CVAT's brush
+write run lengths, FiftyOne polygons that are up to two pixels off.
 """
 
 from __future__ import annotations

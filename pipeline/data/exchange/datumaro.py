@@ -65,16 +65,16 @@ def read(source: Path, known: Mapping[str, Item]) -> list[Item]:
     Masks and polygons are read; other kinds of annotations have no mask, and are an error.
     """
     paths = sorted(source.glob("annotations/*.json")) or [find_file(source, "*.json")]
-    return [item for path in paths for item in _read_subset(path)]
+    return [item for path in paths for item in _read_subset(path, known)]
 
 
-def _read_subset(path: Path) -> list[Item]:
+def _read_subset(path: Path, known: Mapping[str, Item]) -> list[Item]:
     content = read_json(path)
     if not isinstance(content, dict) or not {"categories", "items"} <= content.keys():
         raise UserError(f"{path}: expected datumaro's categories and items, found other JSON")
     try:
         names = [label["name"] for label in content["categories"]["label"]["labels"]]
-        return [_item(path, entry, names) for entry in content["items"]]
+        return [_item(path, entry, names, known) for entry in content["items"]]
     except (KeyError, TypeError, ValueError, IndexError) as error:
         found = f"{type(error).__name__}: {error}"
         raise UserError(
@@ -82,9 +82,14 @@ def _read_subset(path: Path) -> list[Item]:
         ) from None
 
 
-def _item(path: Path, entry: Mapping[str, Any], names: list[str]) -> Item:
+def _item(
+    path: Path, entry: Mapping[str, Any], names: list[str], known: Mapping[str, Item]
+) -> Item:
     height, width = entry["image"]["size"]
-    name = Path(entry["image"]["path"]).name
+    if entry["image"].get("path"):
+        name = Path(entry["image"]["path"]).name
+    else:  # an image that datumaro did not read from a file; then its id is the name's stem
+        name = next((file for file in known if Path(file).stem == entry["id"]), entry["id"])
     instances = []
     for annotation in entry["annotations"]:
         kind = annotation["type"]

@@ -159,7 +159,8 @@ def read(source: Path, known: Mapping[str, Item]) -> list[Item]:
 
 
 def _item(path: Path, task: Mapping[str, Any], known: Mapping[str, Item]) -> Item | None:
-    answers = [answer for answer in task["annotations"] if not answer.get("was_cancelled")]
+    annotations = task.get("annotations") or ()
+    answers = [annotation for annotation in annotations if not annotation.get("was_cancelled")]
     if not answers:
         return None
     name = _file_name(task["data"], known)

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.data.coco import Instance, Item
-from pipeline.data.dataset import Sample
+from pipeline.data.coco import Item
 from pipeline.data.splits import Split
 from pipeline.errors import UserError
 
@@ -21,17 +20,6 @@ class Labels:
     items: Sequence[Item]  # with empty instances where an image has no defect
     splits: Split  # the images' file names
     predicted: bool  # whether a model made the instances, and people are to correct them
-
-
-def item_of(sample: Sample, classes: Sequence[str]) -> Item:
-    """An image of a dataset with its labels."""
-    instances = []
-    for annotation in sample.annotations:
-        x, y, width, height = annotation["bbox"]
-        cls = classes[annotation["category_id"] - 1]
-        box = (x, y, x + width, y + height)
-        instances.append(Instance(cls, box, annotation["area"], annotation["segmentation"]))
-    return Item(sample.path.name, sample.width, sample.height, tuple(instances))
 
 
 def find_file(source: Path, *patterns: str) -> Path:
