@@ -92,14 +92,16 @@ Batch = Annotated[PositiveInt, Field(description="images (or boxes) per step")]
 LearningRate = Annotated[PositiveFloat, Field(description="peak learning rate")]
 
 
-def _check_cache(folder: Path) -> Path:
+def _check_folder(folder: Path) -> Path:
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"expected a folder, found the file {folder}")
     return folder
 
 
+Folder = Annotated[Path, AfterValidator(_check_folder)]
+LogFolder = Folder | None
 Cache = Annotated[
-    Annotated[Path, AfterValidator(_check_cache)] | None,
+    Folder | None,
     Field(description="folder that keeps what SAM's encoder computes for later runs, if any"),
 ]
 CacheSize = Annotated[
@@ -180,7 +182,14 @@ class ConvertConfig(StageConfig):
         return folds
 
 
-class TrainConfig(StageConfig):
+class LoggedConfig(StageConfig):
+    """What those share whose metrics and pictures TensorBoard and MLflow can show."""
+
+    tensorboard: LogFolder = Field(None, description="folder of TensorBoard's event files, if any")
+    mlflow: LogFolder = Field(None, description="folder of MLflow's file store, if any")
+
+
+class TrainConfig(LoggedConfig):
     """What every training shares."""
 
     inputs: ClassVar[tuple[str, ...]] = ("data", "model")
@@ -436,7 +445,7 @@ class ImportConfig(StageConfig):
     )
 
 
-class EvaluateConfig(StageConfig):
+class EvaluateConfig(LoggedConfig):
     """Measure boxes, masks and the image decision, beside the classifier baseline."""
 
     inputs: ClassVar[tuple[str, ...]] = ("data", "predictions", "truth_boxes", "classifiers")
@@ -677,6 +686,10 @@ class RunConfig(Config):
         description="fold of the dataset for all stages, under fold<K>/; 'all': each of them, and "
         "one evaluation of all images",
     )
+    tensorboard: LogFolder = Field(
+        None, description="folder of TensorBoard's event files, of all trainings and the evaluation"
+    )
+    mlflow: LogFolder = Field(None, description="folder of MLflow's file store, of the same")
     # The sections hold the options of the command of the same name; what links one stage to the
     # next (data, out, ...) is filled in by `plan` in pipeline/stages/run.py.
     synth: Annotated[dict[str, Any], _options_of("synth")] | None = None

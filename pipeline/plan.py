@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import config as configs
-from pipeline.config import FOLD, SECTIONS, RunConfig, StageConfig, of_fold
+from pipeline.config import FOLD, SECTIONS, LoggedConfig, RunConfig, StageConfig, of_fold
 from pipeline.errors import UserError
 
 VIDEOS = (".mp4", ".webm")  # what a page can play and seek in
@@ -26,6 +26,8 @@ def plan(config: RunConfig) -> list[tuple[str, StageConfig]]:
     problems: list[str] = []
     for section, values in _stages(config):
         name = section.split(".")[0]
+        if issubclass(SECTIONS[name], LoggedConfig):
+            values = {"tensorboard": config.tensorboard, "mlflow": config.mlflow, **values}
         try:
             stage = configs.build(SECTIONS[name], values, section=f"{section}.")
             planned.append((name.replace("_", "-"), stage))

@@ -27,7 +27,9 @@ from pipeline.errors import UserError
 from pipeline.models.weights import load_registry
 
 FILES = (".mp4", ".webm", ".gif", ".csv")  # results that are one file; all others are folders
-WITHOUT_EFFECT = {"out", "force", "resume", "device", "offline", "cache", "cache_gb"}  # on results
+WITHOUT_EFFECT = {  # on results
+    "out", "force", "resume", "device", "offline", "cache", "cache_gb", "tensorboard", "mlflow",
+}  # fmt: skip
 CHECKPOINTS = ("last.pt", "weights/last.pt")  # what an interrupted training goes on from
 PACKAGES = (
     "torch",

@@ -565,9 +565,9 @@ def test_several_datasets_are_learned_as_one(
     fit = finetune_sam.fit
     given: list[tuple[TrainingSet, list[Sample]]] = []
 
-    def spy(loaded: LoadedSam, train: TrainingSet, val: list[Sample], config: Any) -> LoadedSam:
+    def spy(loaded: LoadedSam, train: TrainingSet, val: list[Sample], *options: Any) -> LoadedSam:
         given.append((train, val))
-        return fit(loaded, train, val, config)
+        return fit(loaded, train, val, *options)
 
     monkeypatch.setattr(finetune_sam, "fit", spy)
     options = ["--model", sams.IMAGENET_START, "--epochs", "1", "--device", "cpu"]

@@ -6,6 +6,7 @@ on several GPUs.
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Iterator, Sequence
 from copy import copy
 from pathlib import Path
@@ -20,6 +21,7 @@ from pipeline.data import augment
 from pipeline.data.coco import yolo_label
 from pipeline.data.dataset import Dataset, Sample
 from pipeline.data.files import write_text
+from pipeline.data.loggers import Log
 from pipeline.data.masks import decode_rle
 from pipeline.data.paste import cut, paste
 from pipeline.models.ultralytics_settings import isolate, quiet
@@ -46,6 +48,7 @@ class PromptTrainer(DetectionTrainer):
     """
 
     balance: BalancedSampler | None = None  # of the training images
+    log = Log()  # which gets the metrics of every epoch
 
     def __init__(self, *args: Any, **options: Any) -> None:
         threads = torch.get_num_threads()
@@ -79,6 +82,18 @@ class PromptTrainer(DetectionTrainer):
         super()._close_dataloader_mosaic()
         if self.balance is not None:
             self.balance.epoch = self.epoch
+
+    def train(self) -> None:
+        super().train()
+        if self.ddp:  # it was another process that trained, and knows no log of ours
+            with self.csv.open(encoding="utf-8") as file:
+                for row in csv.DictReader(file):
+                    values = {name.strip(): float(value) for name, value in row.items()}
+                    self.log.metrics(values, int(values["epoch"]))
+
+    def save_metrics(self, metrics: dict[str, Any]) -> None:
+        super().save_metrics(metrics)
+        self.log.metrics(metrics, self.epoch + 1)
 
     def save_model(self) -> bool:
         """Write checkpoints under other names first: a kill must not leave half of one."""

@@ -67,7 +67,7 @@ import numpy as np
 
 from pipeline import record
 from pipeline.config import EvaluateConfig, of_fold
-from pipeline.data import costs, error_page, evaluation, metrics, plots, quality, report
+from pipeline.data import costs, error_page, evaluation, loggers, metrics, plots, quality, report
 from pipeline.data.dataset import GOOD, Dataset, Sample
 from pipeline.data.evaluation import Measured, Review
 from pipeline.data.files import read_json, write_json, write_text
@@ -118,6 +118,7 @@ class Part:
 
 def run(config: EvaluateConfig) -> None:
     """Measure predictions on a split. Raises `UserError` for input that does not fit together."""
+    loggers.require(config)
     dataset = Dataset(config.data)
     if config.fold == "all":
         parts = [_read(config, dataset, k, part) for k, part in enumerate(dataset.folds())]
@@ -151,6 +152,9 @@ def run(config: EvaluateConfig) -> None:
     shutil.rmtree(config.out / "out_of_fold", ignore_errors=True)  # of an earlier run
     if config.fold == "all":
         _write_out_of_fold(config.out / "out_of_fold", dataset.classes, parts)
+    with loggers.opened(config) as log:
+        log.metrics(loggers.flat(values))
+        log.pictures(config.out)
     record.write_record(config.out, "evaluate", config)
     report.show(values)
     print(f"report: {config.out / 'report.md'}")

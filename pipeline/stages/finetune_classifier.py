@@ -27,9 +27,11 @@ from torchvision.transforms import v2
 
 from pipeline import record
 from pipeline.config import FinetuneClassifierConfig
+from pipeline.data import loggers
 from pipeline.data.dataset import GOOD, Dataset, Sample
 from pipeline.data.decision import confusion_matrix, decision_scores
 from pipeline.data.files import write_json
+from pipeline.data.loggers import Log
 from pipeline.errors import UserError
 from pipeline.models import classifier, training
 from pipeline.models.classifier import Classifier
@@ -48,6 +50,7 @@ class Split:
 
 
 def run(config: FinetuneClassifierConfig) -> None:
+    loggers.require(config)
     dataset = Dataset(config.data)
     samples = {name: dataset.split(name, config.fold) for name in ("train", "val", "test")}
     empty = [name for name in ("train", "val") if not samples[name]]
@@ -64,8 +67,10 @@ def run(config: FinetuneClassifierConfig) -> None:
     if not config.resume:
         record.claim(config.out, config.force)
         record.write_config(config.out, COMMAND, config)
-    train(model, splits["train"], splits["val"], config)
-    report(classifier.load(config.out / "best.safetensors").to(device), splits, config)
+    with loggers.opened(config, resumed=config.resume) as log:
+        train(model, splits["train"], splits["val"], config, log)
+        report(classifier.load(config.out / "best.safetensors").to(device), splits, config, log)
+        log.pictures(config.out)
     record.write_record(config.out, COMMAND, config)
 
 
@@ -92,7 +97,11 @@ def _in_memory(samples: list[Sample], size: int) -> Split:
 
 
 def train(
-    model: Classifier, seen: Split, validation: Split, config: FinetuneClassifierConfig
+    model: Classifier,
+    seen: Split,
+    validation: Split,
+    config: FinetuneClassifierConfig,
+    log: Log,
 ) -> None:
     """Train until `epochs` or `patience` are used up; checkpoints and curves go to `config.out`."""
     optimizer = _optimizer(model, config)
@@ -135,6 +144,7 @@ def train(
                 classifier.save(model, config.out / "best.safetensors")
             training.write_results(config.out / "results.csv", rows)
             training.save_state(last, signature, model, optimizer, scheduler, rows)
+            log.metrics(row, epoch)
     panels = (("train_loss", "val_loss"), ("train_accuracy", "val_accuracy"))
     best = rows[_best(rows)]["epoch"]
     training.plot_curves(config.out / "curves.png", rows, panels, best)
@@ -197,7 +207,9 @@ def _since_best(rows: training.Rows) -> int:
     return len(rows) - 1 - _best(rows) if rows else 0
 
 
-def report(model: Classifier, splits: dict[str, Split], config: FinetuneClassifierConfig) -> None:
+def report(
+    model: Classifier, splits: dict[str, Split], config: FinetuneClassifierConfig, log: Log
+) -> None:
     """Write predictions and accuracies of the best epoch, and print the latter as a table."""
     start = "ImageNet" if config.pretrained else "scratch"
     name = f"{model.name} ({start})"
@@ -226,4 +238,5 @@ def report(model: Classifier, splits: dict[str, Split], config: FinetuneClassifi
         {"name": name, "classes": list(model.classes), "images": predictions},
     )
     write_json(config.out / "accuracy.json", accuracies)
+    log.metrics(loggers.flat(accuracies))
     Console().print(table)

@@ -24,8 +24,9 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from pipeline import record
 from pipeline.config import FinetuneSamConfig
-from pipeline.data import masks, quality
+from pipeline.data import loggers, masks, quality
 from pipeline.data.dataset import Dataset, Sample
+from pipeline.data.loggers import Log
 from pipeline.data.quality import Calibration
 from pipeline.errors import UserError
 from pipeline.models import lora, prompting, sam_lite, training
@@ -66,6 +67,7 @@ class TrainingSet:
 
 
 def run(config: FinetuneSamConfig) -> None:
+    loggers.require(config)
     datasets = [Dataset(folder) for folder in config.data]
     seen, val = (
         [sample for dataset in datasets for sample in dataset.split(split, config.fold)]
@@ -89,7 +91,9 @@ def run(config: FinetuneSamConfig) -> None:
         (config.out / BEST).unlink(missing_ok=True)  # of an earlier run
     loaded.model.to(device)
     val = [sample for sample in val if sample.annotations]
-    tuned = fit(loaded, train, val, config)
+    with loggers.opened(config, resumed=config.resume) as log:
+        tuned = fit(loaded, train, val, config, log)
+        log.pictures(config.out)
     tuned = replace(tuned, calibration=_calibration(tuned, val, config))
     sams.save_sam(config.out / BEST, tuned)
     record.write_record(config.out, COMMAND, config)
@@ -97,7 +101,11 @@ def run(config: FinetuneSamConfig) -> None:
 
 
 def fit(
-    loaded: sams.LoadedSam, train: TrainingSet, val: list[Sample], config: FinetuneSamConfig
+    loaded: sams.LoadedSam,
+    train: TrainingSet,
+    val: list[Sample],
+    config: FinetuneSamConfig,
+    log: Log,
 ) -> sams.LoadedSam:
     """Train for `epochs`; returns the averaged SAM. The validation IoU is only reported."""
     sam = loaded.model
@@ -145,6 +153,7 @@ def fit(
             rows.append({"epoch": epoch, "train_loss": mean_loss, "val_iou": val_iou})
             training.write_results(config.out / "results.csv", rows)
             training.save_state(config.out / "last.pt", signature, both, optimizer, scheduler, rows)
+            log.metrics(rows[-1], epoch)
             progress.console.print(f"{text}  val mean IoU {val_iou:.3f}")
     training.plot_curves(config.out / "curves.png", rows, (("train_loss",), ("val_iou",)))
     tuned = lora.merged(averaged.module) if config.train == "lora" else averaged.module

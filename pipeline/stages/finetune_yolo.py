@@ -18,6 +18,7 @@ import yaml
 
 from pipeline import record
 from pipeline.config import FinetuneYoloConfig
+from pipeline.data import loggers
 from pipeline.data.augment import photometric
 from pipeline.data.dataset import Dataset, split_name
 from pipeline.data.files import write_json, write_text
@@ -31,6 +32,7 @@ DETECTOR = "detector.pt"
 
 
 def run(config: FinetuneYoloConfig) -> None:
+    loggers.require(config)
     dataset = Dataset(config.data)
     for split in ("train", "val"):
         if not dataset.split(split, config.fold):
@@ -59,10 +61,14 @@ def run(config: FinetuneYoloConfig) -> None:
         prompts = {"embeddings": kind, "texts": dict(zip(dataset.classes, texts, strict=True))}
         write_text(config.out / "prompts.yaml", yaml.safe_dump(prompts, sort_keys=False))
         yolo_world.save_checkpoint(model, start)
-    if config.resume and _is_trained(last, config):
-        plot_curves(config.out / "results.csv")  # it may have been killed before that
-    else:
-        PromptTrainer(overrides=_training_options(config, dataset, device)).train()
+    with loggers.opened(config, resumed=config.resume) as log:
+        if config.resume and _is_trained(last, config):
+            plot_curves(config.out / "results.csv")  # it may have been killed before that
+        else:
+            trainer = PromptTrainer(overrides=_training_options(config, dataset, device))
+            trainer.log = log
+            trainer.train()
+        log.pictures(config.out)
     model = yolo_world.finish_checkpoint(last, detector)
     yolo_world.save_safetensors(model, detector.with_suffix(".safetensors"), config.image_size)
     _report_open_vocabulary(config, dataset, start, model, device)
