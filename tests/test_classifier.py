@@ -17,6 +17,7 @@ from torch import nn
 
 from pipeline import cli, resources
 from pipeline.config import FinetuneClassifierConfig, build, read_yaml
+from pipeline.data.loggers import Log
 from pipeline.errors import UserError
 from pipeline.models import classifier, training, weights
 from pipeline.models.classifier import Classifier
@@ -110,7 +111,7 @@ def test_balanced_accuracy_of_an_unbalanced_split(tmp_path: Path) -> None:
     split = finetune_classifier.Split([7, 8, 9, 10], images, torch.tensor([0, 0, 0, 1]))
     nothing = finetune_classifier.Split([], images[:0], torch.tensor([], dtype=torch.int64))
     config = _config(tmp_path, tmp_path)
-    finetune_classifier.report(model, {"val": split, "test": nothing}, config)
+    finetune_classifier.report(model, {"val": split, "test": nothing}, config, Log())
     assert json.loads((tmp_path / "accuracy.json").read_text()) == {
         "val": {"images": 4, "accuracy": 0.75, "balanced_accuracy": 0.5, "always_good": 0.75}
     }

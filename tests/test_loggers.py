@@ -168,6 +168,22 @@ def test_a_detector(data: Path) -> None:
     check_epochs("y", {name.replace("(B)", "B"): name for name in columns})
 
 
+def test_a_detector_that_other_processes_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On several GPUs Ultralytics starts processes that know no log; they leave a table."""
+    from pipeline.models.yolo_trainer import DetectionTrainer, PromptTrainer
+
+    monkeypatch.setattr(DetectionTrainer, "train", lambda self: None)
+    trainer = PromptTrainer.__new__(PromptTrainer)
+    trainer.ddp = True
+    trainer.csv = tmp_path / "results.csv"
+    trainer.csv.write_text("epoch,  metrics/mAP50(B)\n1,0.25\n2,0.5\n")
+    with loggers.opened(settings("y")) as trainer.log:
+        trainer.train()
+    assert in_tensorboard("y")[0]["metrics/mAP50B"] == {1: 0.25, 2: 0.5}
+
+
 def settings(out: str, **changes: Any) -> EvaluateConfig:
     flags = {"data": "d", "predictions": "p", "out": out, "tensorboard": "tb", "mlflow": "ml"}
     return build(EvaluateConfig, flags | changes)
