@@ -25,6 +25,7 @@ SCORES = "scores.json"
 FOLDER = "heatmaps"
 LEVELS = 2**16 - 1
 _KEYS = {"id", "file_name", "width", "height", "split", "class", "score", "heat_map"}
+_HEAT_MAP_KEYS = {"file", "low", "high"}
 
 
 @dataclass(frozen=True)
@@ -74,15 +75,26 @@ def read_scores(folder: Path) -> list[Scored]:
     path = folder / SCORES
     content = read_json(path)
     entries = content.get("images") if isinstance(content, dict) else None
-    if not isinstance(entries, list) or any(_KEYS - entry.keys() for entry in entries):
+    if not isinstance(entries, list) or not all(map(_is_entry, entries)):
         raise UserError(f"{path}: expected scores of `pipeline detect-anomaly`, found other JSON")
     return [
         Scored(
-            *(entry[key] for key in ("id", "file_name", "width", "height", "split", "class")),
-            entry["score"],
-            folder / entry["heat_map"]["file"],
-            entry["heat_map"]["low"],
-            entry["heat_map"]["high"],
+            image_id=entry["id"],
+            file_name=entry["file_name"],
+            width=entry["width"],
+            height=entry["height"],
+            split=entry["split"],
+            cls=entry["class"],
+            score=entry["score"],
+            path=folder / entry["heat_map"]["file"],
+            low=entry["heat_map"]["low"],
+            high=entry["heat_map"]["high"],
         )
         for entry in entries
     ]
+
+
+def _is_entry(value: object) -> bool:
+    if not (isinstance(value, dict) and value.keys() >= _KEYS):
+        return False
+    return isinstance(value["heat_map"], dict) and value["heat_map"].keys() >= _HEAT_MAP_KEYS

@@ -41,6 +41,9 @@ class Backbone(nn.Module):
     when the weights are not installed.
     """
 
+    mean: torch.Tensor
+    std: torch.Tensor
+
     def __init__(self) -> None:
         super().__init__()
         network: Any = timm.create_model(

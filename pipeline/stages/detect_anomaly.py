@@ -184,7 +184,7 @@ def _truth(picture: Picture) -> np.ndarray:
     sample = picture.sample
     if sample.truth.mask is None:
         return np.zeros((sample.height, sample.width), bool)
-    return np.asarray(sample.truth.mask).any(axis=0)
+    return np.asarray(np.asarray(sample.truth.mask).any(axis=0))
 
 
 def _part(found: np.ndarray) -> float | None:
