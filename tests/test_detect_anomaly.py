@@ -184,7 +184,7 @@ def test_the_command(category: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     options = ["--source", str(category), "--out", str(out), "--image-size", "64"]
     cli.main(["detect-anomaly", "--method", "cosine", *options])
     printed = capsys.readouterr().out
-    assert "image AUROC" in printed and "1.000" in printed
+    assert "cosine, 6 test images" in printed and "1.000" in printed
     assert f"scores and heat maps of 6 images: {out}" in printed.replace("\n", "")
     assert (out / "run.json").is_file() and not (out / "begun.json").exists()
     for more, expected in (

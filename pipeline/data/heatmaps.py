@@ -47,7 +47,8 @@ class Scored:
         """(height, width) float32, in the image's size. Raises `UserError` if it is not there."""
         pixels = decode(self.path, cv2.IMREAD_UNCHANGED)
         if pixels.dtype != np.uint16 or pixels.ndim != 2:
-            found = f"{pixels.dtype} with {pixels.shape[2:] or 1} channels"
+            channels = 1 if pixels.ndim == 2 else pixels.shape[2]
+            found = f"{pixels.dtype} with {channels} channels"
             raise UserError(f"{self.path}: expected 16-bit grey, found {found}")
         values = self.low + (self.high - self.low) / LEVELS * pixels.astype(np.float32)
         size = (self.width, self.height)
