@@ -112,7 +112,7 @@ class Mahalanobis:
     def fit(self, levels: Levels) -> None:
         self._typical = [level.mean(dim=0) for level in levels]  # at each place
         self._precision = [
-            torch.from_numpy(LedoitWolf().fit(_mean(level).double().cpu().numpy()).precision_)
+            torch.from_numpy(LedoitWolf().fit(_mean(level).cpu().double().numpy()).precision_)
             .float()
             .to(level.device)
             for level in levels
