@@ -194,7 +194,8 @@ def test_the_command(category: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
         (["--source", str(tmp_path / "x")],
          f"--source: expected a folder in MVTec layout, found nothing there: {tmp_path / 'x'}"),
         (["--source", str(category.parent)],
-         f"--source: expected one MVTec category, found 1 in {category.parent}: part"),
+         "--source: expected one MVTec category, found a folder of them in "
+         f"{category.parent}: part"),
     ):  # fmt: skip
         with pytest.raises(SystemExit) as caught:
             cli.main(["detect-anomaly", *options, *more])

@@ -73,7 +73,7 @@ def _of_category(source: Path) -> OneClass:
     categories = mvtec.categories(source)
     if categories != [source]:
         raise UserError(
-            f"--source: expected one MVTec category, found {len(categories)} in {source}: "
+            f"--source: expected one MVTec category, found a folder of them in {source}: "
             f"{', '.join(category.name for category in categories)}"
         )
     scan = mvtec.scan(source)
