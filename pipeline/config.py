@@ -315,6 +315,32 @@ class FinetuneClassifierConfig(TrainConfig):
     offline: bool = Field(False, description="never download")
 
 
+class DetectAnomalyConfig(StageConfig):
+    """Learn from good images alone; score all others, with heat maps."""
+
+    inputs: ClassVar[tuple[str, ...]] = ("source",)
+    source: Path = Field(
+        description="an MVTec category: its train/good is learned, its test scored; or a dataset "
+        "folder: the good training images are learned, the val and test splits scored"
+    )
+    fold: int | None = Field(
+        None, ge=0, description="fold of the dataset instead of its single split"
+    )
+    method: Literal["cosine", "mahalanobis", "padim", "patchcore"] = Field(
+        "patchcore",
+        description="distance of an image's mean features (cosine, mahalanobis) or of its patches "
+        "(padim: a part always lies in one place; patchcore)",
+    )
+    image_size: int = Field(
+        224, ge=32, multiple_of=32, description="width and height the method sees, in pixels"
+    )
+    coreset: float = Field(
+        0.01, gt=0, le=1, description="part of the good patches that patchcore keeps"
+    )
+    seed: Seed = Field(0, description="seed of patchcore's choice of patches")
+    device: str = Field("auto", description="auto, cpu, mps or 0")
+
+
 class SegmentConfig(StageConfig):
     """Let SAM refine boxes into pixel masks."""
 

@@ -44,6 +44,7 @@ PACKAGES = (
     "av",
     "numpy",
     "peft",
+    "scikit-learn",
 )
 
 

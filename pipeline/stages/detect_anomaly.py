@@ -1,0 +1,216 @@
+"""Learn from good images alone; score all others, with heat maps.
+
+Output folder: scores.json and heatmaps/ (see `pipeline.data.heatmaps`), metrics.json, config.yaml,
+run.json.
+
+metrics.json. Null stands for a figure that the data do not define, such as those at a threshold
+where there is no val split with defects to choose it on.
+
+    method, fold
+    protocol                           `mvtec` (train/good, test) or `dataset` (its splits)
+    good_images, images, defective     learned; measured, all of the test split
+    image.auroc, .average_precision
+    image.threshold                    score with the best F1 on val
+    image.recall, .false_alarm_rate    parts of the defective and of the good images from it on
+    pixel.auroc, .pro                  see pipeline/data/anomaly.py
+    pixel.threshold                    value with the best IoU on val, all pixels pooled
+    pixel.iou                          IoU of all pixels from it on, pooled
+    seconds.training, .inference, .inference_per_image
+        wall clock, with reading the images and, for inference, writing the heat maps
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from pipeline import record
+from pipeline.config import DetectAnomalyConfig
+from pipeline.data import anomaly as figures
+from pipeline.data import heatmaps, metrics, one_class
+from pipeline.data.files import read_image, write_json
+from pipeline.data.one_class import OneClass, Picture
+from pipeline.models import anomaly
+from pipeline.models.classifier import resized
+from pipeline.models.device import torch_device
+
+COMMAND = "detect-anomaly"
+BATCH = 16  # images at a time
+
+
+def run(config: DetectAnomalyConfig) -> None:
+    """Raises `UserError` for a source that is neither a category nor a dataset."""
+    device = torch_device(config.device)
+    source = one_class.read(config.source, config.fold)
+    backbone = anomaly.Backbone().to(device)
+    record.claim(config.out, config.force)
+    record.write_config(config.out, COMMAND, config)
+    shutil.rmtree(config.out / heatmaps.FOLDER, ignore_errors=True)  # of an earlier run
+
+    started = time.monotonic()
+    batches = list(_features(backbone, source.good, config.image_size, "learning"))
+    detector = _detector(config)
+    detector.fit([torch.cat(level) for level in zip(*batches, strict=True)])
+    fitted = time.monotonic()
+    _score(backbone, detector, source, config)
+    seconds = {"training": fitted - started, "inference": time.monotonic() - fitted}
+
+    values = {
+        "method": config.method,
+        "protocol": source.protocol,
+        "fold": config.fold,
+        "good_images": len(source.good),
+        **_measure(source, heatmaps.read_scores(config.out)),
+        "seconds": {
+            **{key: round(value, 1) for key, value in seconds.items()},
+            "inference_per_image": round(seconds["inference"] / len(source.pictures), 3),
+        },
+    }
+    write_json(config.out / "metrics.json", values)
+    record.write_record(config.out, COMMAND, config)
+    _show(values)
+    print(f"scores and heat maps of {len(source.pictures)} images: {config.out}")
+
+
+def _detector(config: DetectAnomalyConfig) -> anomaly.Detector:
+    if config.method == "cosine":
+        return anomaly.Cosine()
+    if config.method == "mahalanobis":
+        return anomaly.Mahalanobis()
+    if config.method == "padim":
+        return anomaly.PaDiM()
+    return anomaly.PatchCore(config.coreset, config.seed)
+
+
+def _features(
+    backbone: anomaly.Backbone, paths: Sequence[Path], size: int, doing: str
+) -> Iterator[list[torch.Tensor]]:
+    """The backbone's features of the images, batch by batch."""
+    with Progress() as progress:
+        bar = progress.add_task(doing, total=len(paths))
+        for start in range(0, len(paths), BATCH):
+            batch = paths[start : start + BATCH]
+            images = torch.stack([resized(read_image(path), size) for path in batch])
+            yield backbone(images.to(backbone.mean.device))
+            progress.advance(bar, len(batch))
+
+
+def _score(
+    backbone: anomaly.Backbone,
+    detector: anomaly.Detector,
+    source: OneClass,
+    config: DetectAnomalyConfig,
+) -> None:
+    """Write the scores and heat maps of all pictures."""
+    entries: list[dict[str, Any]] = []
+    pictures = iter(source.pictures)
+    paths = [picture.sample.path for picture in source.pictures]
+    for levels in _features(backbone, paths, config.image_size, "scoring"):
+        for score, values in zip(*detector.score(levels), strict=True):
+            picture = next(pictures)
+            heat_map = heatmaps.write_heat_map(config.out, picture.name, values.numpy())
+            entries.append(_entry(source, picture, float(score), heat_map))
+    heatmaps.write_scores(config.out, entries)
+
+
+def _entry(
+    source: OneClass, picture: Picture, score: float, heat_map: dict[str, Any]
+) -> dict[str, Any]:
+    sample = picture.sample
+    return {
+        "id": sample.image_id,
+        "file_name": picture.name,
+        "width": sample.width,
+        "height": sample.height,
+        "split": picture.split,
+        "class": source.class_of(sample),
+        "score": score,
+        "heat_map": heat_map,
+    }
+
+
+# Figures
+
+
+def _measure(source: OneClass, scored: Sequence[heatmaps.Scored]) -> dict[str, Any]:
+    """The figures of the test split, with thresholds from the val split."""
+    low, high = min(s.low for s in scored), max(s.high for s in scored)
+    pixels = {split: figures.PixelScores(low, high) for split in ("val", "test")}
+    for picture, its in zip(source.pictures, scored, strict=True):
+        pixels[picture.split].add(its.heat_map(), _truth(picture))
+    scores = {split: np.array([s.score for s in scored if s.split == split]) for split in pixels}
+    defective = {
+        split: np.array([p.sample.label >= 0 for p in source.pictures if p.split == split], bool)
+        for split in pixels
+    }
+    best = metrics.best_threshold(scores["val"], defective["val"], int(defective["val"].sum()))
+    threshold = best[0] if best else float("nan")
+    pixel_threshold = pixels["val"].best_threshold()
+    found = scores["test"] >= threshold
+    return {
+        "images": len(found),
+        "defective": int(defective["test"].sum()),
+        "image": {
+            "auroc": _number(figures.image_auroc(scores["test"], defective["test"])),
+            "average_precision": _number(
+                figures.image_average_precision(scores["test"], defective["test"])
+            ),
+            "threshold": _number(threshold),
+            "recall": _part(found[defective["test"]]) if best else None,
+            "false_alarm_rate": _part(found[~defective["test"]]) if best else None,
+        },
+        "pixel": {
+            "auroc": _number(pixels["test"].auroc()),
+            "pro": _number(pixels["test"].pro()),
+            "threshold": _number(pixel_threshold),
+            "iou": None
+            if np.isnan(pixel_threshold)
+            else _number(pixels["test"].iou(pixel_threshold)),
+        },
+    }
+
+
+def _truth(picture: Picture) -> np.ndarray:
+    """(height, width) bool: what is defect."""
+    sample = picture.sample
+    if sample.truth.mask is None:
+        return np.zeros((sample.height, sample.width), bool)
+    return np.asarray(np.asarray(sample.truth.mask).any(axis=0))
+
+
+def _part(found: np.ndarray) -> float | None:
+    return round(float(found.mean()), 6) if len(found) else None
+
+
+def _number(value: float) -> float | None:
+    """A figure as JSON has it: six decimals, null for NaN."""
+    return None if np.isnan(value) else round(value, 6)
+
+
+def _show(values: dict[str, Any]) -> None:
+    table = Table(title=f"{values['method']}, {values['images']} test images")
+    shown = {
+        "image AUROC": values["image"]["auroc"],
+        "AP": values["image"]["average_precision"],
+        "pixel AUROC": values["pixel"]["auroc"],
+        "PRO": values["pixel"]["pro"],
+        "pixel IoU": values["pixel"]["iou"],
+    }
+    for title in (*shown, "training, s", "per image, s"):
+        table.add_column(title, justify="right")
+    seconds = values["seconds"]
+    table.add_row(
+        *("–" if value is None else f"{value:.3f}" for value in shown.values()),
+        f"{seconds['training']:.0f}",
+        f"{seconds['inference_per_image']:.2f}",
+    )
+    Console().print(table)
