@@ -635,7 +635,8 @@ class ReportConfig(StageConfig):
     """Make a page to review results in: figures, thresholds, every image, the video."""
 
     positional: ClassVar[tuple[str, ...]] = ("run",)
-    inputs: ClassVar[tuple[str, ...]] = ("data", "predictions", "evaluation", "video")
+    of_run: ClassVar[tuple[str, ...]] = ("data", "predictions", "evaluation", "video")
+    inputs: ClassVar[tuple[str, ...]] = (*of_run, "heat_maps")
     run: Path | None = Field(
         None, description="output folder of `pipeline run`, in place of the four inputs below"
     )
@@ -651,6 +652,11 @@ class ReportConfig(StageConfig):
     evaluation: Path | None = Field(None, description="output folder of `pipeline evaluate`")
     video: Path | None = Field(
         None, description="video of `pipeline overlay`, .mp4 or .webm (none: the page has none)"
+    )
+    heat_maps: Path | None = Field(
+        None,
+        description="output folder of `pipeline detect-anomaly` on the dataset, to look at beside "
+        "the predictions; of all folds, with '{fold}' for the number of the fold",
     )
     title: str | None = Field(
         None, description="name on the page (default: that of the folder the page's folder is in)"

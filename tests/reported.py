@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rectangles import CLASSES, Box, Defects, filled, write_dataset
 
 from pipeline import cli
+from pipeline.data import heatmaps
 from pipeline.data.masks import encode_rle
 from pipeline.data.predictions import write_predictions
 
@@ -39,6 +41,7 @@ VAL: list[tuple[Defects, list[Found]]] = [
     ([("stain", STAIN)], [("stain", STAIN, 0.35, 0.8)]),
 ]
 TRAIN: Sequence[Defects] = [[("scratch", SCRATCH)], []]
+FIRST = 1 + len(TRAIN) + len(VAL)  # id of the first test image
 
 
 def results(image_id: int, found: Sequence[Found]) -> list[dict[str, Any]]:
@@ -74,6 +77,20 @@ def write_run(root: Path, video: bool = True) -> Path:
         fast = ["--height", "96", "--seconds-per-image", "0.4", "--threshold", "0.5"]
         cli.main(["overlay", *shown, *fast, "--out", str(root / "review.mp4")])
     return root
+
+
+def write_heat_maps(root: Path) -> Path:
+    """Heat maps in `root / "anomaly"` of two test images: ramps from 0 to 1, and from 0 to 9."""
+    folder = root / "anomaly"
+    entries = []
+    for high, image_id in ((1.0, FIRST), (9.0, FIRST + 1)):
+        name = f"scratch__{image_id - 1:03}.png"
+        ramp = np.tile(np.linspace(0, high, WIDTH, dtype=np.float32), (HEIGHT, 1))
+        entry = {"id": image_id, "file_name": name, "width": WIDTH, "height": HEIGHT}
+        entry |= {"split": "test", "class": "scratch", "score": high}
+        entries.append({**entry, "heat_map": heatmaps.write_heat_map(folder, name, ramp)})
+    heatmaps.write_scores(folder, entries)
+    return folder
 
 
 def evaluate(root: Path, out: Path, threshold: float) -> None:

@@ -105,6 +105,38 @@ def test_verdicts_and_finds_at_any_threshold(root: Path) -> None:
     assert wrong["verdicts"] == [[None, "miss"], [0.7, "wrong class"]]
 
 
+def test_heat_maps_on_one_scale(root: Path) -> None:
+    folder = reported.write_heat_maps(root)
+    out = reported.report(root, root / "page", "--heat-maps", str(folder))
+    first, second, *rest = data_of(out / "index.html")["images"]
+    assert [one["heat"] for one in (first, second)] == ["images/heat-6.jpg", "images/heat-7.jpg"]
+    assert {one["heat"] for one in rest} == {None}
+    cool, hot = (cv2.imread(str(out / one["heat"])) for one in (first, second))
+    assert cool.shape == hot.shape == (reported.HEIGHT, reported.WIDTH, 3)
+    # From 0 to nine tenths of the way from 1 to 9: the first map ends where the second has 1.
+    at = round(reported.WIDTH / 9)
+    assert np.abs(cool[:, -1].astype(int) - hot[:, at]).max() < 25
+    assert hot[:, -1].mean() > 180 and hot[:, 0].mean() < 25
+
+
+def test_heat_maps_of_other_images(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = reported.write_heat_maps(root)
+    scores = folder / "scores.json"
+    given = ["--data", root / "dataset", "--predictions", root / "predictions", "--evaluation"]
+    given += [root / "evaluation", "--out", root / "page", "--heat-maps", folder]
+    right = scores.read_text()
+    scores.write_text(right.replace("scratch__005.png", "scratch__050.png"))
+    assert problems(capsys, *given) == [
+        "--heat-maps: image 6: expected scratch__005.png with 96x72 pixels, "
+        "found scratch__050.png with 96x72"
+    ]
+    scores.write_text(right.replace('"id": 6', '"id": 1').replace('"id": 7', '"id": 2'))
+    assert problems(capsys, *given) == [
+        f"--heat-maps: expected those of the shown images in {folder}, found none"
+    ]
+    assert not (root / "page").exists()
+
+
 def test_large_images_are_reduced(root: Path) -> None:
     out = reported.report(root, root / "page", "--side", "48")
     assert cv2.imread(str(out / "images" / "6.jpg")).shape == (36, 48, 3)

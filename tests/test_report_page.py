@@ -330,6 +330,26 @@ def test_boxes_and_zoom(page: Any) -> None:
 # ---- Video
 
 
+def test_heat_maps_are_there_where_they_are_known(browser: Any, root: Path, tmp_path: Path) -> None:
+    folder = reported.write_heat_maps(root)
+    out = reported.report(root, tmp_path / "page", "--heat-maps", str(folder))
+    for page in open_page(browser, out / "index.html"):
+        open_image(page, "scratch__005.png")
+        heat, button = page.locator("#heat"), page.locator("[data-toggle=heat]")
+        expect(heat).to_be_hidden()
+        page.keyboard.press("h")
+        expect(heat).to_be_visible()
+        expect(heat).to_have_js_property("naturalWidth", reported.WIDTH)
+        expect(button).to_have_attribute("aria-pressed", "true")
+        button.click()
+        expect(heat).to_be_hidden()
+        page.keyboard.press("Escape")
+        open_image(page, "stain__009.png")
+        expect(button).to_be_hidden()
+        page.keyboard.press("h")
+        expect(heat).to_be_hidden()
+
+
 def test_from_an_image_to_its_moment_in_the_video(page: Any, root: Path) -> None:
     moments = read_json(root / "review.mp4.json")["moments"]
     assert len(moments) == 10

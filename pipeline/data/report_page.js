@@ -620,7 +620,7 @@ if (player) {
 const viewer = pick('viewer');
 const stage = pick('stage');
 const frame = stage.parentElement;
-const show = {truth: true, prediction: true, mask: true, box: true, zoom: false, draw: false};
+const show = {truth: true, prediction: true, mask: true, box: true, heat: false, zoom: false, draw: false};
 let image = null;  // the one that is looked at
 let current = null;  // the instance of it: {kind: 'prediction', 'truth' or 'missed', index}
 let draft = null;  // a box that is being drawn, [x, y, width, height]
@@ -649,6 +649,8 @@ function visit(which) {
   pick('picture').alt = image.name;
   stage.style.setProperty('--aspect', image.width / image.height);
   pick('viewer-name').textContent = image.name;
+  if (image.heat) pick('heat').src = image.heat;
+  viewer.querySelector('[data-toggle=heat]').hidden = !image.heat;
   pick('to-video').hidden = image.moment === null || !player;
   pick('panel').scrollTop = 0;
   refreshViewer();
@@ -682,6 +684,7 @@ function refreshViewer() {
   for (const button of viewer.querySelectorAll('[data-toggle]')) {
     button.setAttribute('aria-pressed', show[button.dataset.toggle]);
   }
+  pick('heat').hidden = !show.heat || !image.heat;
   drawMasks(pick('masks'), image, image.width, show);
   const scale = placeStage();
   drawBoxes(pick('boxes'), image, show, current, Math.max(image.width, image.height) / 42 / scale);
@@ -793,7 +796,7 @@ function fillPanel() {
   const list = (items, none) => items.length ? element('ol', {}, ...items) : element('p', {className: 'none'}, none);
   const note = element('textarea', {value: review.note, 'aria-label': 'Note', 'data-key': 'note', placeholder: 'Anything the next person should know'});
   note.addEventListener('input', () => { reviewOf(image).note = note.value; corrected(); });
-  const keys = [['← →', 'previous, next image'], ['↑ ↓', 'choose an instance'], ['T P M B', 'truth, prediction, masks, boxes'], ['Z', 'zoom to the chosen instance'], ['A R', 'accept, reject the chosen prediction'], ['D', 'draw a missed defect'], ['N', 'note'], ['V', 'its moment in the video'], ['Esc', 'close']];
+  const keys = [['← →', 'previous, next image'], ['↑ ↓', 'choose an instance'], ['T P M B', 'truth, prediction, masks, boxes'], ...(image.heat ? [['H', 'heat map']] : []), ['Z', 'zoom to the chosen instance'], ['A R', 'accept, reject the chosen prediction'], ['D', 'draw a missed defect'], ['N', 'note'], ['V', 'its moment in the video'], ['Esc', 'close']];
   pick('panel').replaceChildren(
     element('h3', {}, 'Predictions'), list(predictions, `None from a score of ${decimals(at)}.`),
     element('h3', {}, 'Truth'), list(truths, 'A good image: no defect is known.'),
@@ -892,6 +895,7 @@ viewer.addEventListener('keydown', (event) => {
     p: () => toggle('prediction'),
     m: () => toggle('mask'),
     b: () => toggle('box'),
+    h: () => { if (image.heat) toggle('heat'); },
     z: () => toggle('zoom'),
     d: () => toggle('draw'),
     a: () => { if (current?.kind === 'prediction') judge(current.index, 'accept'); },

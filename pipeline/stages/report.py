@@ -1,8 +1,8 @@
 """Make a page to review results in, from what the other stages have written.
 
 Output folder: index.html, which opens from disk and asks nothing of any network; images/, its
-pictures as JPEG, and review.mp4, a smaller copy of the review video (both inside index.html with
---single-file); config.yaml, run.json.
+pictures and heat maps as JPEG, and review.mp4, a smaller copy of the review video (both inside
+index.html with --single-file); config.yaml, run.json.
 
 The page shows every image that has predictions, of all splits. Its figures are those of the
 evaluation; what its threshold slider says is computed in the page, from scores and verdicts.
@@ -13,7 +13,7 @@ from __future__ import annotations
 import base64
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -24,8 +24,8 @@ import supervision as sv
 
 from pipeline import config as configs
 from pipeline import record
-from pipeline.config import ReportConfig, RunConfig, flag_of
-from pipeline.data import metrics, plots, provenance, report, report_page, writers
+from pipeline.config import ReportConfig, RunConfig, flag_of, of_fold
+from pipeline.data import heatmaps, metrics, plots, provenance, report, report_page, writers
 from pipeline.data.dataset import GOOD, Dataset, Sample
 from pipeline.data.files import atomic_folder, read_json, sha256, write_text
 from pipeline.data.masks import iou
@@ -42,6 +42,8 @@ from pipeline.errors import UserError
 from pipeline.plan import VIDEOS, plan
 
 JPEG_QUALITY = 85
+HEAT_SIDE = 256  # longest side of a heat map in pixels: it is smooth
+HOT = 0.9  # part of the heat maps whose highest values are not cut off
 IMAGES = "images"  # folder of the pictures
 VIDEO = "review.mp4"
 SPLITS = ("train", "val", "test")
@@ -55,6 +57,14 @@ class Inputs:
     predictions: Path
     evaluation: Path
     video: Path | None
+
+
+@dataclass(frozen=True)
+class Picture:
+    """Where an image's pictures are: paths from the page, or the pictures themselves as URLs."""
+
+    image: str
+    heat: str | None
 
 
 @dataclass(frozen=True)
@@ -74,10 +84,11 @@ def run(config: ReportConfig) -> None:
     figures = _figures(inputs)
     dataset = Dataset(inputs.data)
     shown, predictions = _read(dataset, inputs.predictions, figures)
+    heat_maps = _heat_maps(config.heat_maps, figures, [item.sample for item in shown])
     record.claim(config.out, config.force)
     record.write_config(config.out, "report", config)
 
-    pictures = _write_pictures(config, [item.sample for item in shown])
+    pictures = _write_pictures(config, [item.sample for item in shown], heat_maps)
     page = report_page.Page(
         title=config.title or report.run_name(config.out.resolve().parent, figures["fold"]),
         dataset=inputs.data.resolve().name,
@@ -107,7 +118,7 @@ def _of_run(config: ReportConfig) -> ReportConfig:
     """With the inputs of the run that is named, if one is."""
     if config.run is None:
         return config
-    beside = [flag_of(ReportConfig, name) for name in ReportConfig.inputs if getattr(config, name)]
+    beside = [flag_of(ReportConfig, name) for name in ReportConfig.of_run if getattr(config, name)]
     if beside:
         raise UserError(f"run: expected none of its inputs beside it, found {', '.join(beside)}")
     path = config.run / "config.yaml"
@@ -195,6 +206,33 @@ def _read(
     return shown + others, read_predictions(folder, dataset.classes, measured, rest)
 
 
+def _heat_maps(
+    folder: Path | None, figures: Mapping[str, Any], samples: Sequence[Sample]
+) -> dict[int, heatmaps.Scored]:
+    """The heat maps that there are, by image id. Raises `UserError` if they are of other images."""
+    if folder is None:
+        return {}
+    found: dict[int, heatmaps.Scored] = {}
+    if figures["fold"] == "all":  # each image's by the fold that tests it
+        for k in range(len(figures["folds"])):
+            scored = heatmaps.read_scores(of_fold(folder, k))
+            found |= {its.image_id: its for its in scored if its.split == "test"}
+    else:
+        found = {its.image_id: its for its in heatmaps.read_scores(folder)}
+    for sample in samples:
+        its = found.get(sample.image_id)
+        expected = (sample.path.name, sample.width, sample.height)
+        if its is not None and (its.file_name, its.width, its.height) != expected:
+            name, width, height = expected
+            raise UserError(
+                f"--heat-maps: image {sample.image_id}: expected {name} with {width}x{height} "
+                f"pixels, found {its.file_name} with {its.width}x{its.height}"
+            )
+    if not any(sample.image_id in found for sample in samples):
+        raise UserError(f"--heat-maps: expected those of the shown images in {folder}, found none")
+    return found
+
+
 def _splits(dataset: Dataset, fold: int | None) -> dict[str, list[Sample]]:
     """The splits that there are."""
     splits = {}
@@ -237,7 +275,7 @@ def _counts(dataset: Dataset, fold: Any) -> report.Table:
 def _entries(
     shown: Sequence[Shown],
     predictions: Predictions,
-    pictures: Sequence[str],
+    pictures: Sequence[Picture],
     moments: Mapping[str, float],
 ) -> list[dict[str, Any]]:
     """Each image as the page has it. Boxes, scores and run lengths stay as they are on disk."""
@@ -251,7 +289,8 @@ def _entries(
             "part": item.part,
             "measured": item.measured,
             "threshold": item.threshold,
-            "picture": picture,
+            "picture": picture.image,
+            "heat": picture.heat,
             "moment": moments.get(item.sample.path.name),
             **_instances(item.sample, predictions.results.get(item.sample.image_id, [])),
         }
@@ -352,18 +391,47 @@ def _found_ious(
 # ---- Pictures and video -------------------------------------------------------------------------
 
 
-def _write_pictures(config: ReportConfig, samples: Sequence[Sample]) -> list[str]:
-    """Where each image's picture is: a path from the page, or the picture itself as a URL."""
+def _write_pictures(
+    config: ReportConfig, samples: Sequence[Sample], heat_maps: Mapping[int, heatmaps.Scored]
+) -> list[Picture]:
+    """Write the pictures, or put them into their addresses."""
+    low, high = _scale([heat_maps[s.image_id] for s in samples if s.image_id in heat_maps])
+
+    def heat(sample: Sample) -> bytes:
+        values = np.clip((heat_maps[sample.image_id].heat_map() - low) / (high - low), 0, 1)
+        grey = np.rint(255 * values).astype(np.uint8)
+        return _jpeg(cv2.applyColorMap(grey, cv2.COLORMAP_INFERNO), HEAT_SIDE)
+
+    def both(sample: Sample, place: Callable[[str, bytes], str]) -> Picture:
+        name, is_known = f"{sample.image_id}.jpg", sample.image_id in heat_maps
+        hot = place(f"heat-{name}", heat(sample)) if is_known else None
+        return Picture(place(name, _jpeg(sample.image(), config.side)), hot)
+
     if config.single_file:
-        return [_data_url("image/jpeg", _jpeg(sample, config.side)) for sample in samples]
+        return [both(sample, lambda _, jpeg: _data_url("image/jpeg", jpeg)) for sample in samples]
     with atomic_folder(config.out / IMAGES) as folder:
-        for sample in samples:
-            (folder / f"{sample.image_id}.jpg").write_bytes(_jpeg(sample, config.side))
-    return [f"{IMAGES}/{sample.image_id}.jpg" for sample in samples]
+
+        def write(name: str, jpeg: bytes) -> str:
+            (folder / name).write_bytes(jpeg)
+            return f"{IMAGES}/{name}"
+
+        return [both(sample, write) for sample in samples]
 
 
-def _jpeg(sample: Sample, side: int) -> bytes:
-    image = sample.image()
+def _scale(scored: Sequence[heatmaps.Scored]) -> tuple[float, float]:
+    """The values that are black and white in all heat maps, so that they can be compared.
+
+    A few defects are far hotter than the rest; cut off, they leave colours for the others.
+    """
+    if not scored:
+        return 0.0, 1.0
+    low = float(np.median([its.low for its in scored]))
+    high = float(np.quantile([its.high for its in scored], HOT))
+    return low, high if high > low else low + 1
+
+
+def _jpeg(image: np.ndarray, side: int) -> bytes:
+    """An image, reduced to a longest side."""
     scale = side / max(image.shape[:2])
     if scale < 1:
         size = [max(1, round(length * scale)) for length in image.shape[1::-1]]
