@@ -365,7 +365,9 @@ class SegmentConfig(StageConfig):
     image_size: PositiveInt | None = Field(
         None, description="longest side the detector sees (default: what it was trained with)"
     )
-    min_score: Fraction = Field(0.01, description="leave out boxes under this score")
+    min_score: Fraction = Field(
+        0.01, description="leave out boxes to which the detector gives less than this score"
+    )
     max_boxes: PositiveInt = Field(50, description="most boxes per image, best first")
     flip: bool = Field(
         True, description="average with the masks of the mirror image: better, in twice the time"
@@ -380,6 +382,11 @@ class SegmentConfig(StageConfig):
         ge=0,
         description="remove islands and fill holes of fewer pixels than this; the largest island "
         "always stays",
+    )
+    rescore: bool = Field(
+        True,
+        description="multiply the scores of a detector by the quality of the masks: SAM, which "
+        "sees every box enlarged, has a say in what is a defect",
     )
     fit_boxes: bool = Field(
         True,

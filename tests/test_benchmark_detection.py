@@ -233,7 +233,7 @@ def test_boxes_of_baselines_are_what_segment_shows_to_sam(
     cli.main([
         "segment", "--source", str(work / "dataset"), "--fold", "0", "--splits", "val",
         "--boxes", str(out / "detector" / "detector.pt"), "--sam", sam, "--no-flip",
-        "--no-fit-boxes", "--min-score", "0", "--max-boxes", "2", "--device", "cpu",
+        "--no-fit-boxes", "--no-rescore", "--min-score", "0", "--max-boxes", "2", "--device", "cpu",
         "--out", str(tmp_path / "x"),
     ])  # fmt: skip
     theirs = read_json(tmp_path / "x" / "predictions.json")
@@ -296,7 +296,7 @@ def test_ablations_and_shots_change_ours_alone_where_they_say() -> None:
             for name, stage in reversed(stages)
             for key, value in stage.model_dump().items()
         }
-        results = (".out", ".boxes", ".predictions", ".truth_boxes", ".evaluation")
+        results = (".out", ".boxes", ".predictions", ".truth_boxes", ".evaluation", ".video")
         paths = (*results, "finetune_yolo.model")
         return {key: value for key, value in options.items() if not key.endswith(paths)}
 

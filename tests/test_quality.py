@@ -18,7 +18,6 @@ from scipy.special import expit, logit
 from pipeline.config import SegmentConfig
 from pipeline.data import quality
 from pipeline.data.quality import Calibration, Judged
-from pipeline.models import sam as sams
 from pipeline.stages import segment
 
 shares = st.floats(0, 1)
@@ -164,8 +163,9 @@ def test_segment_lists_masks_for_review(
     class WidthAsQuality:
         """In place of a SAM: each box, filled; a box of 50 pixels has a quality of 0.5."""
 
-        def __init__(self, *_: object) -> None:
-            pass
+        @classmethod
+        def load(cls, source: str, **options: object) -> WidthAsQuality:
+            return cls()
 
         def segment(self, image: np.ndarray, found: sv.Detections, prompt: str) -> sv.Detections:
             boxes = [tuple(map(int, box)) for box in found.xyxy]
@@ -174,7 +174,6 @@ def test_segment_lists_masks_for_review(
             return found
 
     monkeypatch.setattr(segment, "Segmenter", WidthAsQuality)
-    monkeypatch.setattr(sams, "load_sam", lambda name, offline: None)
     defects = [("scratch", (0, 0, 40, 9)), ("stain", (0, 20, 30, 40)), ("stain", (0, 50, 50, 60))]
     source = write_dataset(tmp_path / "data", {"test": (defects,)})
     out = tmp_path / "out"

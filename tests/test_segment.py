@@ -24,7 +24,6 @@ from pipeline.data.files import decode, read_image, read_json, write_json
 from pipeline.data.masks import decode_rle, encode_rle
 from pipeline.data.writers import create
 from pipeline.errors import UserError
-from pipeline.models import sam as sams
 from pipeline.stages import evaluate, overlay, segment
 
 # Images 1 and 2 are the val split; 3 to 5 the test split.
@@ -56,8 +55,9 @@ def box_filler(monkeypatch: pytest.MonkeyPatch, shown: list[tuple[Any, Any]]) ->
     prompts: list[str] = []
 
     class BoxFiller:
-        def __init__(self, loaded: object, zoom: object, device: object, flip: bool) -> None:
-            pass
+        @classmethod
+        def load(cls, source: str, **options: object) -> BoxFiller:
+            return cls()
 
         def segment(self, image: np.ndarray, found: sv.Detections, prompt: str) -> sv.Detections:
             prompts.append(prompt)
@@ -69,7 +69,6 @@ def box_filler(monkeypatch: pytest.MonkeyPatch, shown: list[tuple[Any, Any]]) ->
             return found
 
     monkeypatch.setattr(segment, "Segmenter", BoxFiller)
-    monkeypatch.setattr(sams, "load_sam", lambda name, offline: None)
     return prompts
 
 
@@ -388,6 +387,7 @@ def detector(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
     return write
 
 
+@pytest.mark.parametrize("rescore", [True, False])
 @pytest.mark.parametrize("classes", [("scratch", "stain"), ("stain", "scratch")])
 def test_boxes_of_a_detector(
     dataset: Path,
@@ -395,13 +395,17 @@ def test_boxes_of_a_detector(
     box_filler: list[str],
     detector: Callable[..., str],
     classes: tuple[str, str],
+    rescore: bool,
 ) -> None:
-    """The detector's classes, which it may order otherwise than the dataset, go by name."""
+    """The detector's classes, which it may order otherwise than the dataset, go by name.
+
+    Its scores are multiplied by the quality of the masks, here 0.5, unless that is switched off.
+    """
     from pipeline.models import yolo_world
 
     path = detector(*classes)
     options: dict[str, Any] = {"min_score": 0, "max_boxes": 60, "splits": ("test",)}
-    results = run(dataset, tmp_path / "out", path, fit_boxes=False, **options)
+    results = run(dataset, tmp_path / "out", path, fit_boxes=False, rescore=rescore, **options)
     alone = yolo_world.Detector(yolo_world.load_model(path), None, torch.device("cpu"))
     expected = []
     for image_id, name in ((3, "stain__002.png"), (4, "good__003.png"), (5, "stain__004.png")):
@@ -412,9 +416,25 @@ def test_boxes_of_a_detector(
     assert len(results) == len(expected) > 10
     for result, (image_id, name, box, score) in zip(results, expected, strict=True):
         assert (result["image_id"], CLASSES[result["category_id"] - 1]) == (image_id, name)
-        assert result["score"] == pytest.approx(score, abs=1e-5)
+        assert result["score"] == pytest.approx(score * (0.5 if rescore else 1), abs=1e-5)
         x, y, w, h = result["bbox"]
         np.testing.assert_allclose([x, y, x + w, y + h], box, atol=0.02)
+
+
+@pytest.mark.parametrize("boxes", ["detector.pt", "results.json", "truth"])
+def test_quality_changes_the_order_of_what_a_detector_finds(tmp_path: Path, boxes: str) -> None:
+    config = SegmentConfig(source=tmp_path, out=tmp_path / "out", boxes=boxes)
+    found = sv.Detections(
+        xyxy=np.array([[0, 0, 9, 9], [5, 5, 20, 20], [1, 1, 3, 3]]),
+        class_id=np.array([0, 1, 0]),
+        confidence=np.array([0.8, 0.6, 0.1]),
+        data={"quality": np.array([0.25, 0.9, 0.5])},
+    )
+    after = segment._rescored(found, config)
+    detected = boxes == "detector.pt"
+    assert after.confidence == pytest.approx([0.54, 0.2, 0.05] if detected else [0.8, 0.6, 0.1])
+    assert after.xyxy[:, 0].tolist() == ([5, 0, 1] if detected else [0, 5, 1])
+    assert after.data["quality"].tolist() == ([0.9, 0.25, 0.5] if detected else [0.25, 0.9, 0.5])
 
 
 def test_a_detector_of_other_classes(
@@ -589,8 +609,9 @@ def test_islands_and_holes_go_when_asked(
     rough = (square & ~hole) | speck
 
     class Rough:
-        def __init__(self, *_: object) -> None:
-            pass
+        @classmethod
+        def load(cls, source: str, **options: object) -> Rough:
+            return cls()
 
         def segment(self, image: np.ndarray, found: sv.Detections, prompt: str) -> sv.Detections:
             found.mask = np.stack([rough, hole]) if len(found) else None

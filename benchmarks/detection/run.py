@@ -45,6 +45,7 @@ ABLATION: dict[str, dict[str, Any]] = {
     "ablation/no_balancing": {"finetune_yolo.defective": 0.0},
     "ablation/no_augmentation": {"finetune_yolo.augment": False},
     "ablation/boxes_not_fitted": {"segment.fit_boxes": False},
+    "ablation/scores_of_the_detector": {"segment.rescore": False},
 }
 FEW_SHOT: dict[str, dict[str, Any]] = {
     f"few_shot/{shots}": {"finetune_yolo.shots": shots} for shots in (1, 2, 4, 8)

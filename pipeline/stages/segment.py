@@ -9,7 +9,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import cv2
 import numpy as np
@@ -53,7 +53,7 @@ def run(config: SegmentConfig) -> None:
         bar = progress.add_task("segmenting", total=count)
         for frame in pictures:
             found = segmenter.segment(frame.image, find_boxes(frame), config.prompt)
-            _tidy(found, config)
+            found = _tidy(_rescored(found, config), config)
             results += predictions.coco_results(frame.image_id, found)
             height, width = frame.image.shape[:2]
             images.append(
@@ -167,10 +167,23 @@ def _detected_boxes(
     return find, classes
 
 
-def _tidy(found: sv.Detections, config: SegmentConfig) -> None:
+def _rescored(found: sv.Detections, config: SegmentConfig) -> sv.Detections:
+    """What a detector has found, by falling product of its score and the mask's predicted IoU.
+
+    As in Mask Scoring R-CNN (Huang et al., CVPR 2019, arXiv 1903.00241). Boxes of a file keep their
+    scores: they may have been through this before.
+    """
+    if not config.rescore or config.boxes == "truth" or config.boxes.endswith(".json"):
+        return found
+    found.confidence = np.asarray(found.confidence) * found.data["quality"]
+    order = np.argsort(-found.confidence, kind="stable")
+    return cast(sv.Detections, found[order])  # its type also allows for keys of the data
+
+
+def _tidy(found: sv.Detections, config: SegmentConfig) -> sv.Detections:
     """Change masks and boxes as `clean_below`, `overlaps` and `fit_boxes` ask, in that order."""
     if found.mask is None:
-        return
+        return found
     if config.clean_below:
         found.mask = np.stack([masks.clean(mask, config.clean_below) for mask in found.mask])
     if config.overlaps == "resolve":
@@ -179,6 +192,7 @@ def _tidy(found: sv.Detections, config: SegmentConfig) -> None:
         )
     if config.fit_boxes and config.boxes != "truth":
         found.xyxy = masks.fitted_boxes(np.asarray(found.mask), found.xyxy)
+    return found
 
 
 def _write_mask(path: Path, found: sv.Detections, shape: tuple[int, int]) -> None:
