@@ -307,6 +307,16 @@ def test_ablations_and_shots_change_ours_alone_where_they_say() -> None:
 
 
 @pytest.mark.usefixtures("real_config")
+def test_classifiers_can_be_left_out() -> None:
+    arguments = asked("--checkpoint", "yolov8n.pt", "--no-classifiers")
+    row = benchmark.planned(arguments, "ours", "all")
+    assert row.of("finetune-yolo") and not row.of("finetune-classifier")
+    (evaluated,) = row.of("evaluate")
+    assert evaluated.model_dump()["classifiers"] == ()
+    assert benchmark.command(arguments).endswith("--no-classifiers")
+
+
+@pytest.mark.usefixtures("real_config")
 def test_where_detectors_start() -> None:
     arguments = asked("--checkpoint", "yolov8n.pt")
 

@@ -96,6 +96,12 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--ablation", action="store_true", help="also all of ablation/")
     parser.add_argument("--few-shot", action="store_true", help="also all of few_shot/")
+    parser.add_argument(
+        "--no-classifiers",
+        dest="classifiers",
+        action="store_false",
+        help="leave out the image classifiers, which take as long as the detectors",
+    )
     parser.add_argument("--add", action="store_true", help="keep the other rows of results.json")
     parser.add_argument("--jobs", type=int, default=1, help="trainings at a time")
     return parser
@@ -193,6 +199,8 @@ def planned(arguments: argparse.Namespace, method: str, fold: Fold) -> Row:
     values |= {"out": work / method, "mvtec_root": arguments.mvtec_root, "fold": fold}
     values["convert"]["out"] = work / "dataset"
     values["finetune_sam"]["out"] = work / "segmenters" / f"fold{FOLD}"
+    if not arguments.classifiers:
+        values["finetune_classifier"] = {}
     if method in BASELINES:
         values["finetune_sam"] = None
     for name, options in values.get("finetune_classifier", {}).items():
@@ -299,7 +307,7 @@ def command(arguments: argparse.Namespace) -> str:
     if arguments.methods is not None:
         words += ["--methods", *arguments.methods]
     words += ["--ablation"] * arguments.ablation + ["--few-shot"] * arguments.few_shot
-    words += ["--add"] * arguments.add
+    words += ["--no-classifiers"] * (not arguments.classifiers) + ["--add"] * arguments.add
     if arguments.jobs != 1:
         words += ["--jobs", str(arguments.jobs)]
     return shlex.join(words)
