@@ -536,12 +536,14 @@ def test_one_torch_device(monkeypatch: pytest.MonkeyPatch) -> None:
         device.torch_device("0,1")
 
 
-def test_a_gpu_says_nothing_about_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+@pytest.mark.parametrize(
+    ("amx", "avx512", "fast"), [(False, False, False), (True, False, True), (False, True, True)]
+)
+def test_where_bfloat16_is_fast(
+    amx: bool, avx512: bool, fast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    assert [device.has_fast_bfloat16(kind) for kind in ("cuda", "cpu", "mps")] == [
-        True,
-        False,
-        False,
-    ]
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
+    found = [device.has_fast_bfloat16(kind) for kind in ("cuda", "cpu", "mps")]
+    assert found == [True, fast, False]

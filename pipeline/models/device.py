@@ -33,10 +33,15 @@ def torch_device(wanted: str) -> torch.device:
 
 
 def has_fast_bfloat16(kind: str) -> bool:
-    """Whether a device (`cuda`, `mps`, `cpu`) is faster in bfloat16: new GPUs and CPUs with AMX."""
+    """Whether a device (`cuda`, `mps`, `cpu`) is faster in bfloat16.
+
+    New GPUs are, and CPUs that multiply it: with AMX, or AVX-512's instructions for it.
+    """
     if kind == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return kind == "cpu" and torch.cpu._is_amx_tile_supported()
+    return kind == "cpu" and (
+        torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    )
 
 
 def _has_mps() -> bool:

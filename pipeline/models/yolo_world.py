@@ -53,7 +53,7 @@ class PromptedWorldModel(WorldModel):
 
     def loss(self, batch: dict[str, Any], preds: Any = None) -> Any:
         if preds is None:
-            # Ultralytics leaves mixed precision to GPUs; on a CPU with AMX it halves the time.
+            # Ultralytics leaves mixed precision to GPUs; on a CPU that has it, it halves the time.
             fast = batch["img"].device.type == "cpu" and has_fast_bfloat16("cpu")
             with torch.autocast("cpu", torch.bfloat16, enabled=fast):
                 preds = self.forward(batch["img"])

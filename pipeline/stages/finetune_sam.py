@@ -308,10 +308,9 @@ def _mask_loss(logits: torch.Tensor, target: torch.Tensor, kind: str) -> torch.T
 
 
 def _fast(sam: Sam) -> torch.autocast:
-    """Mixed precision where the encoder gains by it; the depthwise convolutions of a CPU do not."""
+    """Mixed precision for the encoder, where that is faster."""
     kind = sam.device.type
-    gains = kind != "cpu" or not isinstance(sam.image_encoder, sam_lite.LiteEncoder)
-    return torch.autocast(kind, torch.bfloat16, enabled=gains and has_fast_bfloat16(kind))
+    return torch.autocast(kind, torch.bfloat16, enabled=has_fast_bfloat16(kind))
 
 
 def mean_iou(loaded: sams.LoadedSam, samples: list[Sample], zoom: float) -> float:
