@@ -12,6 +12,15 @@ settings.register_profile("pipeline", deadline=None)  # a busy machine is not a 
 settings.load_profile("pipeline")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The detector's trainings come first.
+
+    Some are compared bit by bit with one in a process of its own, which those that Ultralytics'
+    own trainer has had in a process before do not survive; and they take the longest.
+    """
+    items.sort(key=lambda item: item.path.name != "test_finetune_yolo.py")
+
+
 @pytest.fixture(scope="session")
 def mvtec_root() -> Path:
     """The folder that holds the real `transistor/`; tests that need it are skipped without it.
