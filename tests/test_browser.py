@@ -27,6 +27,9 @@ PLAY = """async ([source, times]) => {
         video.addEventListener(name, resolve, {once: true});
         video.addEventListener('error', () => reject(new Error(video.error.message)));
     });
+    const painted = async () => {
+        for (let i = 0; i < 3; i++) await new Promise(requestAnimationFrame);
+    };
     await happens('loadeddata');
     const ended = happens('ended');
     await video.play();
@@ -39,6 +42,7 @@ PLAY = """async ([source, times]) => {
         const seeked = happens('seeked');
         video.currentTime = time;
         await seeked;
+        await painted();  // on a busy machine the frame comes after the event
         canvas.drawImage(video, 0, 0);
         const {videoWidth: w, videoHeight: h} = video;
         colours.push([...canvas.getImageData(w / 2, h / 2, 1, 1).data].slice(0, 3));
