@@ -113,7 +113,7 @@ def test_heat_maps_on_one_scale(root: Path) -> None:
     assert {one["heat"] for one in rest} == {None}
     cool, hot = (cv2.imread(str(out / one["heat"])) for one in (first, second))
     assert cool.shape == hot.shape == (reported.HEIGHT, reported.WIDTH, 3)
-    # From 0 to nine tenths of the way from 1 to 9: the first map ends where the second has 1.
+    # Both from 0 to 9: the first map ends where the second has 1.
     at = round(reported.WIDTH / 9)
     assert np.abs(cool[:, -1].astype(int) - hot[:, at]).max() < 25
     assert hot[:, -1].mean() > 180 and hot[:, 0].mean() < 25

@@ -43,7 +43,6 @@ from pipeline.plan import VIDEOS, plan
 
 JPEG_QUALITY = 85
 HEAT_SIDE = 256  # longest side of a heat map in pixels: it is smooth
-HOT = 0.9  # part of the heat maps whose highest values are not cut off
 IMAGES = "images"  # folder of the pictures
 VIDEO = "review.mp4"
 SPLITS = ("train", "val", "test")
@@ -419,14 +418,11 @@ def _write_pictures(
 
 
 def _scale(scored: Sequence[heatmaps.Scored]) -> tuple[float, float]:
-    """The values that are black and white in all heat maps, so that they can be compared.
-
-    A few defects are far hotter than the rest; cut off, they leave colours for the others.
-    """
+    """The values that are black and white in all heat maps, so that they can be compared."""
     if not scored:
         return 0.0, 1.0
     low = float(np.median([its.low for its in scored]))
-    high = float(np.quantile([its.high for its in scored], HOT))
+    high = max(its.high for its in scored)
     return low, high if high > low else low + 1
 
 
