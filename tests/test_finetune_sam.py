@@ -649,7 +649,6 @@ def test_the_rate_rises_and_falls() -> None:
 
 def test_training_keeps_batchnorm_and_trains_attention_biases() -> None:
     """MobileSAM's attention would use biases cached before the first step in evaluation mode."""
-    pytest.importorskip("ultralytics")
     encoder = sams.build_mobile_sam().image_encoder
     sam = sam_lite.build_sam_lite()
     sam.image_encoder = encoder

@@ -69,13 +69,16 @@ def _mask_bent(good: Scene, scene: Scene, size: int) -> Floats:
 def _mask_cut(good: Scene, scene: Scene, size: int) -> Floats:
     """The missing ends, from the middle of the sheared faces on, and without other metal."""
     part, board = part_of(scene), scene.board
-    missing, metal = [], [p for lead in part.leads for p in lead_shape(lead)]
-    for i, old, new, _ in _changed_leads(good, scene):
-        s = arc_length(new.path)
-        first = int(np.searchsorted(s, s[-1] - new.face / 2))
-        missing += _place_of(old, first, board.hole(i - 1), board)
-        end = lead_shape(new)[first - 1 :]
-        metal = [p for p in metal if not any(np.array_equal(p, face) for face in end)]
+    good_leads = {i: old for i, old, _, _ in _changed_leads(good, scene)}
+    missing, metal = [], []
+    for i, lead in enumerate(part.leads):
+        shape = lead_shape(lead)
+        if i in good_leads:
+            s = arc_length(lead.path)
+            first = int(np.searchsorted(s, s[-1] - lead.face / 2))
+            missing += _place_of(good_leads[i], first, board.hole(i - 1), board)
+            shape = shape[: first - 1]
+        metal += shape
     free = (coverage(metal, size) == 0) & (case_coverage(part, scene.seed, size) == 0)
     return np.asarray(coverage(missing, size) * free, np.float32)
 
