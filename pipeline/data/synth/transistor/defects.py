@@ -21,6 +21,7 @@ from pipeline.data.synth.transistor.scene import (
 
 CHECK_SIZE = 128  # pixels, for judging whether a defect is visible
 CUT_FACE = 0.006, 0.026  # arc length of a sheared face, image units
+DIM = 0.5  # part of the bent leads that turn away from the lamp
 
 
 def _some_leads(rng: np.random.Generator) -> list[int]:
@@ -51,17 +52,22 @@ def _overshoot(lead: Lead, board: Board, rng: np.random.Generator) -> Lead:
     keep = lead.path[: _index(lead.path, start)]
     down = np.array([[0.0, rng.uniform(2.0, 3.6) * board.hole_radius]])
     tip = keep[-1] + rotated(down, rng.normal(0, 0.3), np.zeros(2))
-    return replace(lead, path=_joined(keep, tip), glow_to=start, in_hole=False)
+    return replace(lead, path=_joined(keep, tip), glow_to=start, in_hole=False, bent=_light(rng))
 
 
 def _swing(lead: Lead, board: Board, rng: np.random.Generator) -> Lead:
-    """Everything below a bend swings aside, so far that the tip clearly leaves the hole."""
+    """Everything below a bend swings aside, so far that the tip clearly leaves the hole.
+
+    What would have been hidden in the hole may show, too.
+    """
     s = arc_length(lead.path)
     while True:
-        start = _index(lead.path, s[-1] * rng.uniform(0.15, 0.75))
+        start = _index(lead.path, s[-1] * rng.uniform(0.15, 0.85))
         angle = rng.choice([-1, 1]) * rng.triangular(0.35, 0.6, 1.7)
         curl = rng.normal(0, 0.6)
-        steps = np.diff(lead.path[start:], axis=0) * rng.uniform(0.8, 1.4)
+        hidden = rng.uniform(0.0, 4.0) * board.hole_radius
+        longer = rng.uniform(0.8, 1.2) + hidden / (s[-1] - s[start])
+        steps = np.diff(lead.path[start:], axis=0) * longer
         along = np.linspace(0, 1, len(steps))
         turn = angle * np.clip(along / 0.2, 0, 1) + curl * along
         steps = np.stack([rotated(d, t, np.zeros(2)) for d, t in zip(steps, turn, strict=True)])
@@ -70,7 +76,12 @@ def _swing(lead: Lead, board: Board, rng: np.random.Generator) -> Lead:
         below_case = path[-1, 1] > lead.path[LEAD_SAMPLES // 7, 1]
         if moved > 2.2 * board.hole_radius and below_case:
             break
-    return replace(lead, path=path, glow_to=float(s[start]), in_hole=False)
+    return replace(lead, path=path, glow_to=float(s[start]), in_hole=False, bent=_light(rng))
+
+
+def _light(rng: np.random.Generator) -> float:
+    """How much of the light falls on what is bent."""
+    return float(rng.uniform(0.25, 0.9)) if rng.random() < DIM else 1.0
 
 
 def _index(path: Points, s: float) -> int:

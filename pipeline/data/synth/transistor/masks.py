@@ -60,8 +60,8 @@ def _mask_bent(good: Scene, scene: Scene, size: int) -> Floats:
     for i, old, new, first in _changed_leads(good, scene):
         shapes += lead_shape(new)[max(first - 1, 0) :]
         hole = board.hole(i - 1)
-        at_hole = np.linalg.norm(old.path[first] - hole) < 1.8 * board.hole_radius
-        if not at_hole:  # else the lead is where it should be, but for its tip
+        crosses = np.linalg.norm(new.path - hole, axis=1).min() < board.hole_radius
+        if not crosses:  # else the lead is where it should be, but for its tip
             shapes += _place_of(old, first, hole, board)
     return coverage(shapes, size) * (1 - case_coverage(part, scene.seed, size))
 

@@ -174,6 +174,7 @@ def _paint_lead(image: Floats, lead: Lead, look: Look, rng: np.random.Generator)
         from_edge = s - (length - lead.face)
         light += 0.3 * np.exp(-((from_edge / 0.002) ** 2))
         light *= 1 - 0.75 * np.clip(from_edge / 0.002, 0, 1)
+    light *= 1 - (1 - lead.bent) * np.clip((s - lead.glow_to) / 0.02, 0, 1)
     light = np.clip(light, 0.14, 1.25) * look.shine
     glow = np.clip((s - lead.glow_from) / 0.06, 0, 1) * np.clip((lead.glow_to - s) / 0.02, 0, 1)
     colour = light[:, None] * TIN * (1 - glow[:, None] * (1 - COPPER_GLOW))

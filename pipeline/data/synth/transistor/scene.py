@@ -59,6 +59,7 @@ class Lead:
     glow_from: float  # arc length at which it starts to mirror the copper
     glow_to: float = math.inf  # arc length at which it stops doing so
     in_hole: bool = True  # the tip goes down into a hole and darkens
+    bent: float = 1.0  # part of the light that falls on it from `glow_to` on
     face: float = 0.0  # arc length of the sheared face it ends in, if it was cut
 
 
