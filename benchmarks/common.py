@@ -22,6 +22,7 @@ import numpy as np
 import torch
 import yaml
 from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
 
 from pipeline import record
 from pipeline.config import ConvertConfig, StageConfig
@@ -201,7 +202,11 @@ def plot_bars(
     axis.grid(axis="x", alpha=0.3)
     axis.set_axisbelow(True)
     figure.legend(*axis.get_legend_handles_labels(), loc="outside upper center", ncols=len(kinds))
+    save_plot(figure, path)
+
+
+def save_plot(figure: Figure, path: Path) -> None:
+    """Write a figure as a PNG, of equal bytes on equal input, and close it."""
     with atomic_path(path) as temporary:
-        # equal bytes on equal input
         figure.savefig(temporary, dpi=120, bbox_inches="tight", metadata={"Software": None})
     plt.close(figure)

@@ -15,6 +15,7 @@ import torch
 import yaml
 from rectangles import draw, filled
 
+from benchmarks import common
 from benchmarks.detection import baselines, figures
 from benchmarks.detection import run as benchmark
 from pipeline import cli
@@ -405,3 +406,19 @@ def test_figures_without_truth_or_intervals(tmp_path: Path) -> None:
     figures.plot(tmp_path / "results.png", {"ours": row})
     assert cv2.imread(str(tmp_path / "results.png")) is not None
     figures.show({"ours": row})
+
+
+def test_few_shot_curve_is_of_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the order of the images, not of the rows; without such rows there is none."""
+    drawn: list[Any] = []
+    monkeypatch.setattr(common, "save_plot", lambda figure, path: drawn.append(figure))
+    rows = {
+        "few_shot/8": {"map50": 0.9, "map50_95": 0.6, "intervals": {"map50": (0.8, 1.0)}},
+        "ours": {"map50": 0.95, "map50_95": 0.7, "intervals": {}},
+        "few_shot/1": {"map50": 0.4, "map50_95": 0.2, "intervals": {}},
+    }
+    figures.plot_few_shot(tmp_path / "few_shot.png", {"ours": rows["ours"]})
+    assert not drawn
+    figures.plot_few_shot(tmp_path / "few_shot.png", rows)
+    lines = {line.get_label(): line.get_xydata().tolist() for line in drawn[0].axes[0].lines}
+    assert lines == {"mAP50": [[1, 0.4], [8, 0.9]], "mAP50-95": [[1, 0.2], [8, 0.6]]}

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from matplotlib import pyplot as plt
 from rich.console import Console
 from rich.table import Table
 
@@ -16,6 +17,7 @@ COLOURS = {  # Okabe and Ito's, which the colour-blind can tell apart
     "mAP50-95": "#E69F00",
     "recall at 1 false alarm per 100 good images": "#009E73",
 }
+FEW_SHOT = "few_shot/"  # the rows of the few-shot curve, ending in the images of each defect
 OURS = {  # keys that metrics.json has elsewhere
     "box.": "",
     "good_images.false_alarms_per_image": "false_alarms_per_good_image",
@@ -83,6 +85,36 @@ def plot(path: Path, summary: Mapping[str, Mapping[str, Any]]) -> None:
     common.plot_bars(
         path, bars, COLOURS, "average precision and recall of the boxes, with 95 % interval"
     )
+
+
+def plot_few_shot(path: Path, summary: Mapping[str, Mapping[str, Any]]) -> None:
+    """mAP50 and mAP50-95 by the images of each defect, as lines with their 95 % intervals.
+
+    Nothing is written where no such row was measured.
+    """
+    rows = {
+        int(name.removeprefix(FEW_SHOT)): row
+        for name, row in summary.items()
+        if name.startswith(FEW_SHOT)
+    }
+    if not rows:
+        return
+    shots = sorted(rows)
+    figure, axis = plt.subplots(figsize=(6, 4))
+    for kind, key in (("mAP50", "map50"), ("mAP50-95", "map50_95")):
+        values = [rows[n][key] for n in shots]
+        bounds = [rows[n]["intervals"].get(key, (rows[n][key],) * 2) for n in shots]
+        axis.plot(shots, values, "o-", color=COLOURS[kind], label=kind)
+        axis.fill_between(
+            shots, *zip(*bounds, strict=True), color=COLOURS[kind], alpha=0.15, linewidth=0
+        )
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(shots, [str(n) for n in shots])
+    axis.set(xlabel="training images of each defect", ylabel="of the boxes, with 95 % interval")
+    axis.set_ylim(0, 1)
+    axis.grid(alpha=0.3)
+    axis.legend(loc="lower right")
+    common.save_plot(figure, path)
 
 
 def show(summary: Mapping[str, Mapping[str, Any]]) -> None:

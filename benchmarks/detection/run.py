@@ -3,9 +3,9 @@
     python benchmarks/detection/run.py --mvtec-root datasets/mvtec_ad --checkpoint yolov8n.pt
 
 What the rows and the figures mean is in benchmarks/detection/README.md. The result goes to
-results.json and results.png beside this file; that of a part (--folds, --methods) goes to the work
-folder, where everything finished is kept: a benchmark that is called again goes on where it was.
-With --add, rows of --methods join those that results.json has.
+results.json, results.png and, with --few-shot, few_shot.png beside this file; that of a part
+(--folds, --methods) goes to the work folder, where everything finished is kept: a benchmark that is
+called again goes on where it was. With --add, rows of --methods join those that results.json has.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ ABLATION: dict[str, dict[str, Any]] = {
     "ablation/scores_of_the_detector": {"segment.rescore": False},
 }
 FEW_SHOT: dict[str, dict[str, Any]] = {
-    f"few_shot/{shots}": {"finetune_yolo.shots": shots} for shots in (1, 2, 4, 8)
+    f"{figures.FEW_SHOT}{shots}": {"finetune_yolo.shots": shots} for shots in (1, 2, 4, 8)
 }
 CHANGES: Mapping[str, dict[str, Any]] = {**ABLATION, **FEW_SHOT}
 
@@ -156,6 +156,7 @@ def run(arguments: argparse.Namespace) -> None:
     result["changes"] = {row: CHANGES[row] for row in result["summary"] if row in CHANGES}
     write_json(place / "results.json", result)
     figures.plot(place / "results.png", result["summary"])
+    figures.plot_few_shot(place / "few_shot.png", result["summary"])
     figures.show(result["summary"])
     print(f"result: {place / 'results.json'}")
 
