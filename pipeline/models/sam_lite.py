@@ -8,6 +8,8 @@ arXiv 2306.01567).
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import timm
@@ -43,6 +45,7 @@ class LiteEncoder(nn.Module):
         backbone: Any = timm.create_model("tf_efficientnet_lite0", features_only=True)
         finest, fine, *coarse = backbone.feature_info.channels()
         self.backbone = backbone.to(memory_format=torch.channels_last)  # a third faster on a CPU
+        _keep_depthwise_in_float32(self.backbone)
         self.neck = nn.ModuleDict(
             {
                 "finest": nn.Conv2d(finest, DETAIL, 1),
@@ -75,6 +78,22 @@ class LiteEncoder(nn.Module):
         detail = self.neck["finest"](finest)
         detail = detail + F.interpolate(self.neck["finer"](fine), detail.shape[-2:])
         return torch.cat([total, F.pixel_unshuffle(detail, CELLS)], dim=1)
+
+
+def _keep_depthwise_in_float32(network: nn.Module) -> None:
+    """Exempt depthwise convolutions from mixed precision.
+
+    On CPUs with fast bfloat16 their backward pass in it takes three times as long, and with it a
+    whole training step a third longer.
+    """
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d) and module.groups > 1:
+            module.forward = partial(_in_float32, module.forward)  # type: ignore[method-assign]
+
+
+def _in_float32(forward: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    with torch.autocast(x.device.type, enabled=False):
+        return forward(x.float()).to(x.dtype)
 
 
 class LitePromptEncoder(PromptEncoder):
