@@ -152,6 +152,11 @@ class ConvertConfig(StageConfig):
         (0.7, 0.1, 0.2), description="train, val and test part of each class"
     )
     folds: int = Field(0, ge=0, description="also write K folds for cross-validation (0: none)")
+    unseen: tuple[str, ...] = Field(
+        (),
+        description="classes that nothing is learned of: all their images are in the test split; "
+        "in folds each is tested once, and is in no train or val split",
+    )
     seed: Seed = Field(0, description="seed of the splits")
     one_per_image: tuple[str, ...] = Field(
         ("misplaced",), description="classes whose mask is one instance per image"

@@ -172,6 +172,38 @@ def test_lists_and_coco_files_of_a_split_agree(dataset: Path, fold: int | None) 
     }
 
 
+@pytest.mark.parametrize("split", ["fractions", "study"])
+def test_an_unseen_class_is_only_ever_tested(tree: Path, tmp_path: Path, split: str) -> None:
+    flags = ("--folds", "3", "--split", split)
+    plain, out = convert(tree, tmp_path / "plain", *flags), tmp_path / "out"
+    convert(tree, out, *flags, "--unseen", "crack")
+
+    def names(folder: Path, prefix: str, part: str) -> tuple[list[str], list[str]]:
+        """Those of the unseen class, and all others."""
+        coco = read(folder / "annotations" / f"instances_{prefix}{part}.json")
+        found = [image["file_name"] for image in coco["images"]]
+        unseen = [name for name in found if name.startswith("crack__")]
+        return unseen, [name for name in found if name not in unseen]
+
+    tested = []
+    for prefix in ("", "fold0_", "fold1_", "fold2_"):
+        for part in PARTS:
+            unseen, others = names(out, prefix, part)
+            before, others_before = names(plain, prefix, part)
+            assert others == others_before
+            if part != "test":
+                assert not unseen and (before or part == "val")
+            elif prefix:
+                assert unseen == before
+                tested += unseen
+            else:
+                assert len(unseen) == 6
+    assert len(tested) == len(set(tested)) == 6
+    images = {image["file"]: image for image in read(out / "manifest.json")["images"]}
+    assert {i["split"] for i in images.values() if i["class"] == "crack"} == {"test"}
+    assert read(out / "manifest.json")["classes"] == ["crack", "misplaced"]
+
+
 def test_ids_start_at_one(dataset: Path) -> None:
     coco = read(dataset / "annotations" / "instances.json")
     for key in ("images", "annotations", "categories"):
@@ -422,6 +454,9 @@ def test_an_image_named_like_a_mask_is_paired_by_name(copy: Path, tmp_path: Path
         ("widget", "plain/x/note.txt", [], "--out: expected a folder, found the file"),
         ("widget", "plain/x/note.txt/out", [], "--out: expected a folder that can be written"),
         ("widget", "out", ["--one-per-image", "crak"], "crack, misplaced, found 'crak'"),
+        ("widget", "out", ["--unseen", "crak"], "--unseen: expected some of crack, misplaced, found"),
+        ("widget", "out", ["--unseen", "good"], "--unseen: expected some of crack, misplaced, found"),
+        ("widget", "out", ["--unseen", "crack", "misplaced"], "that can be learned, found all in it"),
         ("widget", "out", ["--folds", "9"], "--folds: expected at most 8, the images of good"),
         ("widget", "out", ["--fractions", "0.5", "0.1", "0.1"], "expected a sum of 1"),
         ("widget", "out", ["--min-area", "-1"], "--min-area: expected"),

@@ -142,3 +142,9 @@ def test_small_classes_are_not_all_absent_from_the_same_folds() -> None:
         {k: len(s["test"]) for k, s in enumerate(splits.by_folds(groups(counts), 4, 0, 0))}
     )
     assert all(held[fold] > 0 for fold in range(4))
+
+
+def test_what_is_only_tested_leaves_the_other_parts() -> None:
+    split = {"train": ["a", "b"], "val": ["c"], "test": ["d", "e"]}
+    kept = {"train": ["b"], "val": [], "test": ["d", "e"]}
+    assert splits.only_tested(split, {"a", "c", "d"}) == kept

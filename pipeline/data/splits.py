@@ -8,7 +8,7 @@ names; within one, names are sorted.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 
@@ -69,6 +69,14 @@ def by_folds(groups: Groups, folds: int, val_fraction: float, seed: int) -> list
             parts[cls] = {"train": rest[val:], "val": rest[:val], "test": hands[k]}
         splits.append(_merged(parts))
     return splits
+
+
+def only_tested(split: Split, names: Collection[str]) -> Split:
+    """The split with these images in no part but the test part, if they are in it."""
+    return {
+        part: kept if part == "test" else [name for name in kept if name not in names]
+        for part, kept in split.items()
+    }
 
 
 def sizes(count: int, fractions: tuple[float, float, float]) -> tuple[int, int, int]:

@@ -3,6 +3,10 @@
 Every file is read and checked before anything is written. MVTec repeats `000.png` in every folder,
 so names in the dataset are `<class>__<name>` for defects, and `good__train_<name>` or
 `good__test_<name>` for good images.
+
+An unseen class is split like any other, and then taken out of what models and thresholds are chosen
+by: its images leave train and val for test or, in folds, for nowhere, so that each is still tested
+by exactly one fold. The splits of all other classes are the same as without it.
 """
 
 from __future__ import annotations
@@ -157,7 +161,17 @@ def _check(config: ConvertConfig, categories: list[Category]) -> None:
         for name in config.one_per_image
         if name not in known and name not in standard
     ]
+    problems += [
+        f"--unseen: expected some of {', '.join(sorted(known))}, found '{name}'"
+        for name in config.unseen
+        if name not in known
+    ]
     for category in categories:
+        if category.classes and not set(category.classes) - set(config.unseen):
+            problems.append(
+                f"--unseen: expected a class of {category.config.source} that can be learned, "
+                f"found all in it: {', '.join(category.classes)}"
+            )
         groups = _groups(category)
         largest = max(groups, key=lambda cls: len(groups[cls]))
         if config.folds > len(groups[largest]):  # then some fold could have nothing to test
@@ -197,6 +211,10 @@ def _write(category: Category, folder: Path) -> Table:
         if config.folds
         else []
     )
+    unseen = {name for cls in config.unseen for name in groups.get(cls, ())}
+    split = splits.only_tested(split, unseen)
+    split["test"] = sorted({*split["test"], *unseen})
+    folds = [splits.only_tested(fold, unseen) for fold in folds]
     items = [source.item for source in sources]
     dataset_folder.write_annotations(folder, config.out, items, category.classes, split, folds)
     class_of = {source.item.file_name: source.entry.cls for source in sources}
