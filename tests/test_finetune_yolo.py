@@ -529,6 +529,56 @@ def test_labels_are_the_coco_boxes(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert not list(root.rglob("*.cache"))
 
 
+@pytest.mark.usefixtures("no_plots")
+def test_a_class_without_training_images_is_left_out(
+    dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Dark spots are known as class 0 then, and images of the other class are not shown as good."""
+    data = tmp_path / "data"
+    shutil.copytree(dataset, data)
+    train = data / "annotations" / "instances_train.json"
+    coco = read_json(train)
+    bright = {a["image_id"] for a in coco["annotations"] if a["category_id"] == 1}
+    for key, name in (("images", "id"), ("annotations", "image_id")):
+        coco[key] = [entry for entry in coco[key] if entry[name] not in bright]
+    write_json(train, coco)
+
+    given = config(data, tmp_path / "out", epochs=1, prompts={"bright_spot": "light"})
+    finetune_yolo.run(given)
+    assert "left out, for the training images show none: bright_spot\n" in capsys.readouterr().out
+    model = torch.load(tmp_path / "out" / "detector.pt", weights_only=False)["model"]
+    assert model.names == {0: "dark_spot"}
+    assert yaml.safe_load((tmp_path / "out" / "prompts.yaml").read_text())["texts"] == {
+        "dark_spot": "dark spot"
+    }
+    options = yaml.safe_load((tmp_path / "out" / "data.yaml").read_text())
+    trainer = PromptTrainer(
+        overrides={
+            "model": SCRATCH,
+            "data": str(tmp_path / "out" / "data.yaml"),
+            "save_dir": str(tmp_path / "trainer"),
+            "imgsz": SIDE,
+        }
+    )
+    assert options["names"] == {0: "dark_spot"}
+    shown = trainer.build_dataset("", "val", batch=4)
+    assert sorted(Path(label["im_file"]).name.split("__")[0] for label in shown.labels) == [
+        *["dark_spot"] * 2,
+        *["good"] * 2,
+    ]
+    assert all((label["cls"] == 0).all() for label in shown.labels)
+
+
+def test_without_any_defect_to_learn_there_is_no_training(dataset: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(dataset, data)
+    train = data / "annotations" / "instances_train.json"
+    write_json(train, {**read_json(train), "annotations": []})
+    with pytest.raises(UserError, match=r"expected defects in the train split of .*found none"):
+        finetune_yolo.run(config(data, tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("mode", ["train", "val"])
 def test_without_augmentation_images_are_only_padded(
     dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str

@@ -11,7 +11,8 @@ Folder, as `pipeline convert` writes it:
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -71,6 +72,40 @@ class Sample:
         if not self.annotations:
             return -1
         return int(max(self.annotations, key=lambda a: a["area"])["category_id"]) - 1
+
+
+def learned_classes(samples: Iterable[Sample], classes: Sequence[str]) -> tuple[str, ...]:
+    """Those of a dataset's classes that have instances in these images, in their order."""
+    found = {a["category_id"] for sample in samples for a in sample.annotations}
+    return tuple(name for i, name in enumerate(classes, start=1) if i in found)
+
+
+def of_classes(
+    samples: Iterable[Sample], classes: Sequence[str], kept: Sequence[str]
+) -> list[Sample]:
+    """The images as a model sees them that knows the classes `kept` of a dataset's `classes`.
+
+    Category ids are those of `kept`. An image with an instance of another class is left out: it is
+    neither good nor fully labelled.
+    """
+    new = {classes.index(name) + 1: i for i, name in enumerate(kept, start=1)}
+    return [
+        replace(
+            sample,
+            annotations=_renumbered(sample.annotations, new),
+            hard_negatives=_renumbered(
+                [entry for entry in sample.hard_negatives if entry["category_id"] in new], new
+            ),
+        )
+        for sample in samples
+        if all(annotation["category_id"] in new for annotation in sample.annotations)
+    ]
+
+
+def _renumbered(
+    entries: Iterable[dict[str, Any]], new: Mapping[int, int]
+) -> tuple[dict[str, Any], ...]:
+    return tuple({**entry, "category_id": new[entry["category_id"]]} for entry in entries)
 
 
 class Dataset:

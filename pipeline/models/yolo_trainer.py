@@ -19,7 +19,7 @@ from torch import distributed
 
 from pipeline.data import augment
 from pipeline.data.coco import yolo_label
-from pipeline.data.dataset import Dataset, Sample
+from pipeline.data.dataset import Dataset, Sample, of_classes
 from pipeline.data.files import write_text
 from pipeline.data.loggers import Log
 from pipeline.data.masks import decode_rle
@@ -42,9 +42,10 @@ class PromptTrainer(DetectionTrainer):
     """Trains a `PromptedWorldModel` as it comes from its checkpoint.
 
     Ultralytics' own WorldTrainer asks CLIP for the class names in every run; here the prompts are
-    part of the model. The data file names our dataset's `splits`; it may also have `paste`,
-    `free_pose`, `defective`, `shots` and `freeze_text`, which are those of `FinetuneYoloConfig`.
-    Without them all is as Ultralytics does it.
+    part of the model. The data file names our dataset's `splits` and, as `names`, those of its
+    classes that are learned; it may also have `paste`, `free_pose`, `defective`, `shots` and
+    `freeze_text`, which are those of `FinetuneYoloConfig`. Without them all is as Ultralytics does
+    it.
     """
 
     balance: BalancedSampler | None = None  # of the training images
@@ -130,7 +131,9 @@ class PromptTrainer(DetectionTrainer):
         return loader
 
     def _samples(self, mode: str) -> list[Sample]:
-        samples = Dataset(Path(self.data["path"])).split(*self.data["splits"][mode])
+        dataset = Dataset(Path(self.data["path"]))
+        samples = dataset.split(*self.data["splits"][mode])
+        samples = of_classes(samples, dataset.classes, list(self.data["names"].values()))
         shots = self.data.get("shots") if mode == "train" else None
         return samples if shots is None else few_shot(samples, shots, self.args.seed)
 

@@ -3,6 +3,9 @@
 What is kept is the last epoch, at the end of a falling learning rate: with a handful of validation
 defects, choosing an epoch by them is choosing by chance.
 
+The detector knows the classes that have instances in the training images; a line names those of the
+dataset that it leaves out.
+
 Output folder: detector.pt (an Ultralytics checkpoint), detector.safetensors (without pickles, in
 half precision), results.csv, curves, open_vocabulary.json (what prompts that were not trained find
 before and after), config.yaml, run.json; weights/ (Ultralytics' own, to resume) until it is done.
@@ -20,7 +23,7 @@ from pipeline import record
 from pipeline.config import FinetuneYoloConfig
 from pipeline.data import loggers
 from pipeline.data.augment import photometric
-from pipeline.data.dataset import Dataset, split_name
+from pipeline.data.dataset import Dataset, learned_classes, split_name
 from pipeline.data.files import write_json, write_text
 from pipeline.errors import UserError
 from pipeline.models import open_vocabulary, text, yolo_world
@@ -39,39 +42,40 @@ def run(config: FinetuneYoloConfig) -> None:
             raise UserError(
                 f"--data: expected images in the {split} split of {config.data}, found none"
             )
+    classes = _classes(config, dataset)
     device = device_name(config.device)
     detector = config.out / DETECTOR
     last, start = (config.out / "weights" / f"{name}.pt" for name in ("last", "start"))
     if config.resume:
         _check_resumable(config, last)
     else:
-        texts = _texts(config, dataset.classes)
+        texts = _texts(config, classes)
         embeddings, kind = _prompt_embeddings(config, texts)
         torch.manual_seed(config.seed)  # what a starting point lacks begins at random
         model = yolo_world.load_model(config.model, offline=config.offline)
         if config.freeze_text:
-            embeddings = _prompts_to_keep(model, dataset.classes, embeddings)
+            embeddings = _prompts_to_keep(model, classes, embeddings)
             kind += ", kept as they are"
-        model = yolo_world.set_prompts(model, dataset.classes, embeddings, config.seed)
+        model = yolo_world.set_prompts(model, classes, embeddings, config.seed)
         record.claim(config.out, config.force)
         record.write_config(config.out, COMMAND, config)
         for name in (DETECTOR, open_vocabulary.REPORT):
             (config.out / name).unlink(missing_ok=True)  # of an earlier run
         print(f"prompts: {kind}")
-        prompts = {"embeddings": kind, "texts": dict(zip(dataset.classes, texts, strict=True))}
+        prompts = {"embeddings": kind, "texts": dict(zip(classes, texts, strict=True))}
         write_text(config.out / "prompts.yaml", yaml.safe_dump(prompts, sort_keys=False))
         yolo_world.save_checkpoint(model, start)
     with loggers.opened(config, resumed=config.resume) as log:
         if config.resume and _is_trained(last, config):
             plot_curves(config.out / "results.csv")  # it may have been killed before that
         else:
-            trainer = PromptTrainer(overrides=_training_options(config, dataset, device))
+            trainer = PromptTrainer(overrides=_training_options(config, dataset, classes, device))
             trainer.log = log
             trainer.train()
         log.pictures(config.out)
     model = yolo_world.finish_checkpoint(last, detector)
     yolo_world.save_safetensors(model, detector.with_suffix(".safetensors"), config.image_size)
-    _report_open_vocabulary(config, dataset, start, model, device)
+    _report_open_vocabulary(config, dataset, classes, start, model, device)
     record.write_record(config.out, COMMAND, config)
     shutil.rmtree(last.parent)  # until here it is needed to resume
     print(f"detector: {detector}")
@@ -90,12 +94,25 @@ def _check_resumable(config: FinetuneYoloConfig, last: Path) -> None:
         )
 
 
+def _classes(config: FinetuneYoloConfig, dataset: Dataset) -> tuple[str, ...]:
+    """The classes to learn. Raises `UserError` without any, and for a prompt of no class."""
+    classes = learned_classes(dataset.split("train", config.fold), dataset.classes)
+    problems = [
+        f"--prompts: expected a class of {', '.join(dataset.classes)}, found '{name}'"
+        for name in config.prompts
+        if name not in dataset.classes
+    ]
+    if not classes:
+        problems.append(f"--data: expected defects in the train split of {config.data}, found none")
+    if problems:
+        raise UserError(*problems)
+    if left_out := [name for name in dataset.classes if name not in classes]:
+        print(f"left out, for the training images show none: {', '.join(left_out)}")
+    return classes
+
+
 def _texts(config: FinetuneYoloConfig, classes: tuple[str, ...]) -> list[str]:
-    """The prompt of each class. Raises `UserError` for a prompt of a class that does not exist."""
-    unknown = [name for name in config.prompts if name not in classes]
-    if unknown:
-        known = ", ".join(classes)
-        raise UserError(*(f"--prompts: expected a class of {known}, found '{u}'" for u in unknown))
+    """The prompt of each class."""
     return [config.prompts.get(name, name.replace("_", " ")) for name in classes]
 
 
@@ -137,6 +154,7 @@ def _prompts_to_keep(
 def _report_open_vocabulary(
     config: FinetuneYoloConfig,
     dataset: Dataset,
+    classes: tuple[str, ...],
     start: Path,
     after: yolo_world.WorldModel,
     device: str,
@@ -145,7 +163,7 @@ def _report_open_vocabulary(
 
     Where that cannot be known, one line says why. The model is taken over.
     """
-    trained = _texts(config, dataset.classes)
+    trained = _texts(config, classes)
     prompts = [prompt for prompt in config.unseen_prompts if prompt not in trained]
     if not prompts:
         return
@@ -172,7 +190,7 @@ def _report_open_vocabulary(
 
 
 def _training_options(
-    config: FinetuneYoloConfig, dataset: Dataset, device: str
+    config: FinetuneYoloConfig, dataset: Dataset, classes: tuple[str, ...], device: str
 ) -> dict[str, object]:
     """The run in Ultralytics' terms."""
     root = dataset.root.resolve()
@@ -181,7 +199,7 @@ def _training_options(
         "train": f"{split_name('train', config.fold)}.txt",
         "val": f"{split_name('val', config.fold)}.txt",
         "splits": {"train": ["train", config.fold], "val": ["val", config.fold]},
-        "names": dict(enumerate(dataset.classes)),
+        "names": dict(enumerate(classes)),
         "paste": config.paste if config.augment else 0.0,  # Ultralytics hands these on to us
         "free_pose": config.free_pose,
         "defective": config.defective,
