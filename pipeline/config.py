@@ -346,10 +346,13 @@ class DetectAnomalyConfig(StageConfig):
     device: str = Field("auto", description="auto, cpu, mps or 0")
 
 
+ANOMALY_THRESHOLD = "anomaly score from which an image is anomalous"
+
+
 class SegmentConfig(StageConfig):
     """Let SAM refine boxes into pixel masks."""
 
-    inputs: ClassVar[tuple[str, ...]] = ("source", "boxes", "sam")
+    inputs: ClassVar[tuple[str, ...]] = ("source", "boxes", "sam", "anomaly")
     source: Path = Field(description="dataset folder, folder of images, or video")
     splits: tuple[SplitName, ...] = Field(("val", "test"), description="splits of a dataset")
     fold: int | None = Field(
@@ -402,10 +405,27 @@ class SegmentConfig(StageConfig):
     review_below: Fraction | None = Field(
         None, description="list the masks under this quality in review.csv, worst first"
     )
+    anomaly: Path | None = Field(
+        None,
+        description="output folder of `pipeline detect-anomaly`: its method also scores every "
+        "image, for defects of no known class",
+    )
+    anomaly_threshold: float | None = Field(
+        None, description=f"{ANOMALY_THRESHOLD} (default: the one that its run has chosen on val)"
+    )
     cache: Cache = None
     cache_gb: CacheSize = 2.0
     device: str = Field("auto", description="auto, cpu, mps or 0")
     offline: bool = Field(False, description="never download")
+
+    @model_validator(mode="after")
+    def _check_anomaly(self) -> SegmentConfig:
+        if self.anomaly_threshold is not None and self.anomaly is None:
+            raise ValueError(
+                "--anomaly-threshold: expected --anomaly beside it, "
+                f"found {self.anomaly_threshold:g} alone"
+            )
+        return self
 
     @field_validator("prompt")
     @classmethod
@@ -486,7 +506,9 @@ class ImportConfig(StageConfig):
 class EvaluateConfig(LoggedConfig):
     """Measure boxes, masks and the image decision, beside the classifier baseline."""
 
-    inputs: ClassVar[tuple[str, ...]] = ("data", "predictions", "truth_boxes", "classifiers")
+    inputs: ClassVar[tuple[str, ...]] = (
+        "data", "predictions", "truth_boxes", "classifiers", "anomaly",
+    )  # fmt: skip
     data: Path = Field(description="dataset folder written by `pipeline convert`")
     predictions: Path = Field(
         description="output folder of `pipeline segment`; with --fold all, '{fold}' in a path is "
@@ -497,6 +519,15 @@ class EvaluateConfig(LoggedConfig):
     )
     classifiers: tuple[Path, ...] = Field(
         (), description="output folders of `pipeline finetune-classifier`"
+    )
+    anomaly: Path | None = Field(
+        None,
+        description="output folder of `pipeline detect-anomaly` on the same dataset: images it "
+        "calls anomalous, and on which no box counts, are reported as unknown defects (default: "
+        "the scores that the predictions have, if any)",
+    )
+    anomaly_threshold: float | None = Field(
+        None, description=f"{ANOMALY_THRESHOLD} (default: the one chosen on val, by its run)"
     )
     fold: FoldOrAll = Field(
         None,
@@ -541,6 +572,7 @@ class EvaluateConfig(LoggedConfig):
             return self
         _check_split_of_all(self.split)
         folders = {"predictions": self.predictions, "truth_boxes": self.truth_boxes}
+        folders |= {"anomaly": self.anomaly}
         folders |= {"classifiers": next((c for c in self.classifiers if FOLD not in str(c)), None)}
         for name, folder in folders.items():
             if folder is not None and FOLD not in str(folder):
@@ -566,7 +598,9 @@ class MeasureConfig(StageConfig):
 class OverlayConfig(StageConfig):
     """Make a review video of truth and predictions."""
 
-    inputs: ClassVar[tuple[str, ...]] = ("source", "images", "predictions", "evaluation")
+    inputs: ClassVar[tuple[str, ...]] = (
+        "source", "images", "predictions", "evaluation", "heat_maps",
+    )  # fmt: skip
     out: Path = Field(
         description="the video, ending in .mp4, .webm or .gif, or a folder for numbered PNGs"
     )
@@ -583,6 +617,12 @@ class OverlayConfig(StageConfig):
     )
     evaluation: Path | None = Field(
         None, description="output folder of `pipeline evaluate`: its figures go on the title card"
+    )
+    heat_maps: Path | None = Field(
+        None,
+        description="output folder of `pipeline detect-anomaly`, or of `pipeline segment "
+        "--anomaly`: its heat maps have a panel of their own; of all folds, with '{fold}' for the "
+        "number of the fold",
     )
     title: str | None = Field(
         None,
@@ -667,8 +707,9 @@ class ReportConfig(StageConfig):
     )
     heat_maps: Path | None = Field(
         None,
-        description="output folder of `pipeline detect-anomaly` on the dataset, to look at beside "
-        "the predictions; of all folds, with '{fold}' for the number of the fold",
+        description="output folder of `pipeline detect-anomaly` on the dataset, or of `pipeline "
+        "segment --anomaly`, to look at beside the predictions; of all folds, with '{fold}' for "
+        "the number of the fold",
     )
     title: str | None = Field(
         None, description="name on the page (default: that of the folder the page's folder is in)"

@@ -13,13 +13,14 @@ from typing import Any
 import numpy as np
 from pycocotools.cocoeval import COCOeval
 
-from pipeline.data import metrics
+from pipeline.data import metrics, unknown
 from pipeline.data.box_errors import KINDS
 from pipeline.data.dataset import GOOD, Sample
 from pipeline.data.decision import confusion_matrix, decision_scores
 from pipeline.data.matching import VERDICTS
 from pipeline.data.metrics import Finds, ImageResult
 from pipeline.data.quality import Judged
+from pipeline.data.unknown import Unknown
 
 FALSE_ALARM_RATE = 0.01  # false alarms per good image at which recall is given
 
@@ -58,6 +59,7 @@ class Measured:
     true_boxes: Sequence[np.ndarray] | None  # (2, n) IoU and Dice of the masks from n true boxes
     decisions: dict[str, np.ndarray]  # (images,) by model; good is 0, the classes follow
     review: Review | None  # None: masks without quality
+    unknown: Unknown | None  # None: no anomaly scores
 
     @cached_property
     def labels(self) -> np.ndarray:
@@ -97,6 +99,9 @@ def figures(measured: Measured) -> dict[str, Any]:
             name: _decision(measured.labels, decided, classes)
             for name, decided in measured.decisions.items()
         },
+        "unknown": None
+        if measured.unknown is None
+        else unknown.figures(measured.unknown, measured.classes),
     }
 
 
@@ -230,6 +235,7 @@ def intervals(measured: Measured, resamples: int, seed: int) -> dict[str, list[f
         **_resampled_means(measured, counts),
         **_resampled_decisions(measured, counts),
         **({} if measured.review is None else _resampled_review(measured.review, counts)),
+        **_resampled_unknown(measured, counts),
     }
     found = {key: metrics.percentile_interval(values) for key, values in drawn.items()}
     return {
@@ -294,6 +300,13 @@ def _resampled_decisions(measured: Measured, counts: np.ndarray) -> dict[str, np
         found[f"image_decision.{name}.balanced_accuracy"] = scores.balanced_accuracy
         found[f"image_decision.{name}.macro_f1"] = scores.macro_f1
     return found
+
+
+def _resampled_unknown(measured: Measured, counts: np.ndarray) -> dict[str, np.ndarray]:
+    if measured.unknown is None:
+        return {}
+    rates = unknown.rates(measured.unknown, measured.classes, counts)
+    return {".".join(("unknown", *keys)): values for keys, values in rates.items()}
 
 
 def _mean_per_class(

@@ -213,16 +213,25 @@ def recall_at_false_alarms(
     both are NaN without good images.
     """
     allowed = np.floor(counts @ good * rate + 1e-9)
-    order = np.argsort(-finds.alarm_scores, kind="stable")
-    scores = np.append(finds.alarm_scores[order], -np.inf)
-    alarms = np.cumsum(counts[:, finds.alarm_images[order]], axis=1)
-    first_too_many = np.count_nonzero(alarms <= allowed[:, None], axis=1)
-    above = np.where(counts @ good > 0, scores[first_too_many], np.nan)
+    above = score_above(finds.alarm_scores, counts[:, finds.alarm_images], allowed)
+    above = np.where(counts @ good > 0, above, np.nan)
     drawn = counts[:, finds.instance_images]
     hits = (drawn * (finds.instance_scores > above[:, None])).sum(axis=1)
     truths = drawn.sum(axis=1)
     recall = np.divide(hits, truths, out=np.full(len(counts), np.nan), where=truths > 0)
     return np.where(np.isnan(above), np.nan, recall), above
+
+
+def score_above(scores: np.ndarray, counts: np.ndarray, allowed: np.ndarray) -> np.ndarray:
+    """(resamples,) the score above which there are at most `allowed` (resamples,) false alarms.
+
+    `scores` (n,) are those of the false alarms, `counts` (resamples, n) how often each is drawn.
+    It is the score of the first one too many, or -inf where there is none.
+    """
+    order = np.argsort(-scores, kind="stable")
+    alarms = np.cumsum(counts[:, order], axis=1)
+    first_too_many = np.count_nonzero(alarms <= allowed[:, None], axis=1)
+    return np.asarray(np.append(scores[order], -np.inf)[first_too_many])
 
 
 # Threshold and bootstrap

@@ -1,7 +1,9 @@
 """Predictions on disk: the output folder of `pipeline segment`.
 
 predictions.json   COCO results: one entry per instance, with its score and mask
-images.json        COCO images and categories that the entries' ids refer to
+images.json        COCO images and categories that the entries' ids refer to; where an anomaly
+                   detector has looked at an image, it has `anomaly`: `score`, and the `threshold`
+                   from which it is anomalous
 
 Entries that `pipeline segment` reads may also have `points`, a list of [x, y, label] in image
 pixels: SAM's label, 1 for foreground and 0 for background.
@@ -12,7 +14,7 @@ from __future__ import annotations
 import math
 import reprlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -193,6 +195,12 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
 
 
+def _is_anomaly(value: object) -> bool:
+    if not (isinstance(value, dict) and value.keys() == {"score", "threshold"}):
+        return False
+    return all(map(_is_number, value.values()))
+
+
 def _is_box(value: object) -> bool:
     if not (isinstance(value, list) and len(value) == 4 and all(map(_is_number, value))):
         return False
@@ -229,11 +237,20 @@ _VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 
 @dataclass(frozen=True)
+class Anomaly:
+    """What an anomaly detector says of an image: anomalous from the threshold on."""
+
+    score: float
+    threshold: float
+
+
+@dataclass(frozen=True)
 class Predictions:
     """A predictions folder, checked against the dataset."""
 
     images: frozenset[int]  # ids of the images that were looked at
     results: dict[int, list[dict[str, Any]]]  # COCO results by image id
+    anomaly: Mapping[int, Anomaly] = field(default_factory=dict)  # by image id, where it is known
 
     def of(self, sample: Sample, threshold: float = 0.0, masks: bool = True) -> sv.Detections:
         """An image's predictions from a score on."""
@@ -271,9 +288,18 @@ def read_predictions(
     results = read_results(folder / PREDICTIONS)
     wanted = list(by_id.values())
     problems += _check_entries(folder / PREDICTIONS, results, len(classes), wanted)
+    anomalies = {image["id"]: image["anomaly"] for image in images if "anomaly" in image}
+    problems += [
+        f"{folder / IMAGES}: image {image_id}: expected an anomaly score and threshold, "
+        f"found {reprlib.repr(value)}"
+        for image_id, value in anomalies.items()
+        if not _is_anomaly(value)
+    ]
     if problems:
         raise UserError(*problems)
-    return Predictions(frozenset(known), results)
+    return Predictions(
+        frozenset(known), results, {key: Anomaly(**value) for key, value in anomalies.items()}
+    )
 
 
 def _check_entries(

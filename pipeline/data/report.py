@@ -59,6 +59,8 @@ def key_figures(metrics: Metrics) -> list[KeyFigure]:
 def tables(metrics: Metrics) -> list[Table]:
     found = [_headline(metrics), _per_class(metrics), _errors(metrics)]
     found += [_decisions(metrics), _recalls(metrics)]
+    if metrics.get("unknown") is not None:  # which older evaluations do not have
+        found.append(_unknown(metrics))
     if metrics["review"] is not None:
         found.insert(1, _review(metrics))
     if metrics["folds"] is not None:
@@ -131,6 +133,17 @@ def notes(metrics: Metrics) -> list[str]:
         f"A box counts from {_line('score', metrics['threshold']['value'])}: "
         f"{metrics['threshold']['reason']}.",
     ]
+    if unseen := metrics.get("unseen_classes"):
+        lines.append(
+            f"No training image shows {', '.join(unseen)}: a detector that was trained on them "
+            "does not know such defects, and they count as missed."
+        )
+    if (unknown := metrics.get("unknown")) is not None:
+        lines.append(
+            "An image is anomalous, no known class, if no box counts and it has "
+            f"{_line('anomaly score', unknown['threshold']['value'])} or more "
+            f"({unknown['threshold']['reason']}): {unknown['images']} images."
+        )
     if (cost := metrics.get("cost")) is not None:  # which older evaluations do not have
         lines.append(
             f"Wrong decisions cost {cost['total']:g}, {cost['per_image']:.3g} an image: "
@@ -286,6 +299,33 @@ def _recalls(metrics: Metrics) -> Table:
         for name, scores in metrics["image_decision"].items()
     ]
     return Table("Image decision: recall per class", ["model", *names], rows)
+
+
+def _unknown(metrics: Metrics) -> Table:
+    """Who calls which images defective: boxes, anomaly scores, or either of them."""
+    unknown, unseen = metrics["unknown"], metrics["unseen_classes"]
+    titles = {
+        "detector": "boxes",
+        "detector_lowered": "boxes, at the false alarms of both",
+        "anomaly": "anomaly score",
+        "both": "both",
+        "gain": "gain at equal false alarms",
+    }
+    counts = unknown["images_per_class"]
+    images = {GOOD: ("false_alarm_rate",), "all defective": ("recall",)}
+    images |= {c: ("recall_per_class", c) for c in metrics["classes"]}
+    counts = {**counts, "all defective": unknown["images"] - counts[GOOD]}
+    rows = []
+    for name, (group, *cls) in images.items():
+        row = [f"{name} (unseen)" if name in unseen else name]
+        for part in titles:
+            value = unknown[part].get(group)
+            value = value[name] if cls else value
+            interval = _interval(metrics, ".".join(("unknown", part, group, *cls)))
+            row.append(f"{_number(value)} {interval}".strip())
+        rows.append([*row, str(counts[name])])
+    header = ["images", *titles.values(), "anomalous, no known class"]
+    return Table("Images called defective", header, rows)
 
 
 def _published(published: Mapping[str, Any]) -> Table:

@@ -10,6 +10,14 @@ Of all folds, each image is measured at the threshold of its own fold, chosen on
 split. Average precision, recall at false alarms and the intervals are of all images and scores
 together, though the scores are those of several models.
 
+A class that no training image shows (`pipeline convert --unseen`) is measured like any other: a
+detector that does not know it has an AP and a recall of 0 there, which count in the means.
+
+With anomaly scores, of --anomaly or of the predictions themselves, an image on which no box counts
+but whose anomaly score is at its threshold or above is 'anomalous, no known class': its decision in
+images.csv is `unknown`. The section `unknown` says what that is worth; all other figures are of the
+boxes alone.
+
 metrics.json. Null stands for a figure that the data do not define (the AP of a class without truth,
 false alarms without good images); `mask` is null for predictions without masks; `truth_boxes` and
 `published` are null where there are none, `review` and its parts for masks without a quality. `<c>`
@@ -18,13 +26,15 @@ most frequent class, which is named in `.class`).
 
     split, fold, images, classes       name, fold, `all` or null, count of images, defect classes
     instances, instances_per_class.<c> count of true instances
+    unseen_classes                     defect classes that no training image shows
     threshold.value, .reason, .f1      score from which a box counts; its F1 on val if chosen there;
         the value is null where each fold has its own
     cost.miss, .false_alarm            what a defective image without a box, and a good one with any
         box, cost; null unless asked for
         .misses, .false_alarms         count of these images
         .total, .per_image             what they cost
-    folds[].fold, .images, .instances, .threshold, .review, .box.map50, .box.map50_95
+    folds[].fold, .images, .instances, .threshold, .review, .anomaly_threshold (null without
+        anomaly scores), .box.map50, .box.map50_95
         each fold by itself; null unless the fold is `all`
     box.map50, .map50_95, .ap50_per_class.<c>, .ap_per_class.<c>
     mask.<the same>, .mean_iou_matched, .dice_matched, .mean_iou_all, .dice_all (an unmatched
@@ -49,6 +59,17 @@ most frequent class, which is named in `.class`).
     verdicts.<verdict>                 count of images, see pipeline/data/matching.py
     image_decision.<m>.accuracy, .balanced_accuracy, .macro_f1, .recall_per_class.<good or c>,
         .confusion (rows: true class, columns: decision; good first)
+    unknown                            null without anomaly scores; else (pipeline/data/unknown.py)
+        .threshold.value, .reason      anomaly score from which an image is anomalous; the value is
+            null where each fold has its own, see folds[].anomaly_threshold
+        .images, .images_per_class.<good or c>  count of images that are anomalous, no known class
+        .<s>.false_alarm_rate, .recall, .recall_per_class.<c>  part of the good images, of the
+            defective ones, and of those of a class that are called defective, whatever the class
+            that is named; <s>: `detector` (any box from its threshold on), `anomaly` (a score from
+            its threshold on), `both` (either), and `detector_lowered` (any box above another score,
+            such that it calls no more good images defective than `both`)
+        .detector_lowered.above_score  that score; null: all boxes count, or each fold has its own
+        .gain.recall, .recall_per_class.<c>  `both` less `detector_lowered`
     intervals.<dotted key>             [low, high], 95 %; only of figures that are defined
     resamples, published
 """
@@ -56,6 +77,7 @@ most frequent class, which is named in `.class`).
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import shutil
 from collections.abc import Sequence
@@ -66,21 +88,35 @@ from typing import Any
 import numpy as np
 
 from pipeline import record
-from pipeline.config import EvaluateConfig, of_fold
-from pipeline.data import costs, error_page, evaluation, loggers, metrics, plots, quality, report
-from pipeline.data.dataset import GOOD, Dataset, Sample
+from pipeline.config import EvaluateConfig, SplitName, of_fold
+from pipeline.data import (
+    costs,
+    error_page,
+    evaluation,
+    heatmaps,
+    loggers,
+    metrics,
+    plots,
+    quality,
+    report,
+    unknown,
+)
+from pipeline.data.dataset import GOOD, Dataset, Sample, learned_classes
 from pipeline.data.evaluation import Measured, Review
 from pipeline.data.files import read_json, write_json, write_text
 from pipeline.data.masks import dice, iou
 from pipeline.data.matching import match
 from pipeline.data.predictions import (
     PREDICTIONS,
+    Anomaly,
     Predictions,
     read_predictions,
     write_predictions,
 )
+from pipeline.data.unknown import Unknown
 from pipeline.errors import UserError
 
+UNKNOWN = "unknown"  # the decision on an image that is anomalous, no known class
 DEFAULT_THRESHOLD = 0.25
 DEFAULT_REVIEW_BELOW = 0.7
 CSV_COLUMNS = (
@@ -114,6 +150,8 @@ class Part:
     classifiers: dict[str, np.ndarray]  # (images,) decisions by name
     threshold: dict[str, Any]
     review: dict[str, Any]  # the quality under which a mask is listed, and why
+    anomaly: list[Anomaly] | None  # image by image; None: not known
+    unseen: Sequence[str]  # classes that no training image shows
 
 
 def run(config: EvaluateConfig) -> None:
@@ -128,11 +166,12 @@ def run(config: EvaluateConfig) -> None:
     record.claim(config.out, config.force)
     record.write_config(config.out, "evaluate", config)
 
-    measured = _measure(dataset.classes, parts)
+    measured = _measure(config, dataset.classes, parts)
     shows_published = config.published and set(dataset.classes) == PUBLISHED_CLASSES
     values: dict[str, Any] = {
         "split": config.split,
         "fold": config.fold,
+        "unseen_classes": [c for c in dataset.classes if any(c in part.unseen for part in parts)],
         "threshold": _threshold(config, parts),
         "cost": None if config.cost is None else _cost(config.cost, parts),
         "folds": _folds(dataset.classes, parts) if config.fold == "all" else None,
@@ -177,7 +216,7 @@ def _read(
         return of_fold(path, fold) if config.fold == "all" and fold is not None else path
 
     classes = dataset.classes
-    val = _val_samples(dataset, fold)
+    val = _split(dataset, "val", fold)
     predictions = read_predictions(folder(config.predictions), classes, samples, val)
     oracle, true_boxes = None, []
     if config.truth_boxes is not None:
@@ -188,15 +227,68 @@ def _read(
         val = []
     threshold = _choose_threshold(config, val, predictions)
     review = _choose_review(config, val, predictions, threshold["value"])
-    return Part(fold, samples, predictions, oracle, true_boxes, classifiers, threshold, review)
+    anomalies = None if config.anomaly is None else folder(config.anomaly)
+    return Part(
+        fold,
+        samples,
+        predictions,
+        oracle,
+        true_boxes,
+        classifiers,
+        threshold,
+        review,
+        _read_anomaly(config, anomalies, predictions, samples),
+        _unseen(dataset, fold),
+    )
 
 
-def _val_samples(dataset: Dataset, fold: int | None) -> list[Sample]:
-    """The images that thresholds are chosen on, if there are any."""
+def _split(dataset: Dataset, name: SplitName, fold: int | None) -> list[Sample]:
+    """The images of a split, if there are any."""
     try:
-        return dataset.split("val", fold)
-    except UserError:  # made without a val split
+        return dataset.split(name, fold)
+    except UserError:  # made without it
         return []
+
+
+def _unseen(dataset: Dataset, fold: int | None) -> list[str]:
+    """The classes that no training image shows, where there are training images with defects."""
+    learned = learned_classes(_split(dataset, "train", fold), dataset.classes)
+    return [name for name in dataset.classes if learned and name not in learned]
+
+
+def _read_anomaly(
+    config: EvaluateConfig,
+    folder: Path | None,
+    predictions: Predictions,
+    samples: Sequence[Sample],
+) -> list[Anomaly] | None:
+    """Each image's anomaly score and threshold, of --anomaly or of the predictions."""
+    given = config.anomaly_threshold
+    if folder is None:
+        where, found = config.predictions, dict(predictions.anomaly)
+        if given is not None:
+            found = {key: Anomaly(its.score, given) for key, its in found.items()}
+    else:
+        where, scored = folder / heatmaps.SCORES, heatmaps.read_by_id(folder)
+        threshold = heatmaps.read_threshold(folder) if given is None else given
+        for sample in samples:
+            if (its := scored.get(sample.image_id)) is not None:
+                its.check("--anomaly", sample.path.name, sample.width, sample.height)
+        found = {key: Anomaly(its.score, threshold) for key, its in scored.items()}
+    missing = sum(sample.image_id not in found for sample in samples)
+    if folder is None and missing == len(samples):
+        if given is not None:
+            raise UserError(
+                "--anomaly-threshold: expected anomaly scores (--anomaly, or of the predictions), "
+                f"found none in {where}"
+            )
+        return None
+    if missing:
+        raise UserError(
+            f"{where}: expected anomaly scores of all {len(samples)} images of the split, found "
+            f"those of {len(samples) - missing}"
+        )
+    return [found[sample.image_id] for sample in samples]
 
 
 def _read_classifiers(
@@ -295,7 +387,7 @@ def _choose_review(
 # Measuring
 
 
-def _measure(classes: Sequence[str], parts: Sequence[Part]) -> Measured:
+def _measure(config: EvaluateConfig, classes: Sequence[str], parts: Sequence[Part]) -> Measured:
     """All images of all parts together, each one at the threshold of its part."""
     samples = [sample for part in parts for sample in part.samples]
     thresholds = [part.threshold["value"] for part in parts for _ in part.samples]
@@ -321,8 +413,45 @@ def _measure(classes: Sequence[str], parts: Sequence[Part]) -> Measured:
     true_boxes = None
     if all(part.oracle is not None for part in parts):
         true_boxes = [overlaps for part in parts for overlaps in part.true_boxes]
-    review = _review(parts, samples, thresholds, predictions)
-    return Measured(classes, samples, images, boxes, masks, finds, true_boxes, decisions, review)
+    return Measured(
+        classes,
+        samples,
+        images,
+        boxes,
+        masks,
+        finds,
+        true_boxes,
+        decisions,
+        _review(parts, samples, thresholds, predictions),
+        _unknown(config, parts, labels, np.array(thresholds)),
+    )
+
+
+def _unknown(
+    config: EvaluateConfig, parts: Sequence[Part], labels: np.ndarray, thresholds: np.ndarray
+) -> Unknown | None:
+    """What detector and anomaly detector say of all images; None where the latter has not looked.
+
+    Of all folds, either all have anomaly scores, or they count as none.
+    """
+    known = [anomaly for part in parts for anomaly in part.anomaly or ()]
+    if len(known) < len(labels):
+        return None
+    reason = "the best F1 of images on the val split of the anomaly detector's run"
+    if config.anomaly_threshold is not None:
+        reason = "as given"
+    elif config.anomaly is None:
+        reason = "that of the predictions"
+    scores = [costs.image_scores(part.samples, part.predictions.results) for part in parts]
+    return Unknown(
+        labels=labels,
+        part=np.repeat(np.arange(len(parts)), [len(part.samples) for part in parts]),
+        box_score=np.concatenate(scores),
+        box_threshold=thresholds,
+        anomaly_score=np.array([its.score for its in known]),
+        anomaly_threshold=np.array([its.threshold for its in known]),
+        reason=reason,
+    )
 
 
 def _pooled(parts: Sequence[tuple[Sequence[Sample], Predictions]]) -> Predictions:
@@ -405,6 +534,9 @@ def _folds(classes: Sequence[str], parts: Sequence[Part]) -> list[dict[str, Any]
                 "instances": sum(len(sample.annotations) for sample in part.samples),
                 "threshold": part.threshold,
                 "review": part.review,
+                "anomaly_threshold": None
+                if part.anomaly is None
+                else unknown.single(np.array([its.threshold for its in part.anomaly])),
                 "box": evaluation.mean_ap(boxes),
             }
         )
@@ -476,35 +608,40 @@ def _write_out_of_fold(folder: Path, classes: Sequence[str], parts: Sequence[Par
     results: list[dict[str, Any]] = []
     images = []
     for part in parts:
-        for sample in part.samples:
+        for i, sample in enumerate(part.samples):
             results += part.predictions.results.get(sample.image_id, [])
-            images.append(
-                {
-                    "id": sample.image_id,
-                    "file_name": sample.path.name,
-                    "width": sample.width,
-                    "height": sample.height,
-                    "fold": part.fold,
-                    "threshold": part.threshold["value"],
-                }
-            )
+            image: dict[str, Any] = {
+                "id": sample.image_id,
+                "file_name": sample.path.name,
+                "width": sample.width,
+                "height": sample.height,
+                "fold": part.fold,
+                "threshold": part.threshold["value"],
+            }
+            if part.anomaly is not None:
+                image["anomaly"] = dataclasses.asdict(part.anomaly[i])
+            images.append(image)
     write_predictions(folder, results, images, classes)
 
 
 def _images_csv(measured: Measured) -> str:
     """One line per image; `iou` is the mean over its true instances."""
     names = (GOOD, *measured.classes)
+    decisions = [names[image.decision + 1] for image in measured.images]
+    if measured.unknown is not None:
+        for i in np.flatnonzero(measured.unknown.without_class):
+            decisions[i] = UNKNOWN
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(CSV_COLUMNS)
-    for sample, image in zip(measured.samples, measured.images, strict=True):
+    for sample, image, decision in zip(measured.samples, measured.images, decisions, strict=True):
         defects = len(image.matched)
         writer.writerow(
             (
                 sample.image_id,
                 sample.path.name,
                 names[sample.label + 1],
-                names[image.decision + 1],
+                decision,
                 image.verdict,
                 defects,
                 int(image.matched.sum()),

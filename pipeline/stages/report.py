@@ -24,7 +24,7 @@ import supervision as sv
 
 from pipeline import config as configs
 from pipeline import record
-from pipeline.config import ReportConfig, RunConfig, flag_of, of_fold
+from pipeline.config import ReportConfig, RunConfig, flag_of
 from pipeline.data import heatmaps, metrics, plots, provenance, report, report_page, writers
 from pipeline.data.dataset import GOOD, Dataset, Sample
 from pipeline.data.files import atomic_folder, read_json, sha256, write_text
@@ -211,22 +211,11 @@ def _heat_maps(
     """The heat maps that there are, by image id. Raises `UserError` if they are of other images."""
     if folder is None:
         return {}
-    found: dict[int, heatmaps.Scored] = {}
-    if figures["fold"] == "all":  # each image's by the fold that tests it
-        for k in range(len(figures["folds"])):
-            scored = heatmaps.read_scores(of_fold(folder, k))
-            found |= {its.image_id: its for its in scored if its.split == "test"}
-    else:
-        found = {its.image_id: its for its in heatmaps.read_scores(folder)}
+    folds = len(figures["folds"]) if figures["fold"] == "all" else None
+    found = heatmaps.read_by_id(folder, folds)
     for sample in samples:
-        its = found.get(sample.image_id)
-        expected = (sample.path.name, sample.width, sample.height)
-        if its is not None and (its.file_name, its.width, its.height) != expected:
-            name, width, height = expected
-            raise UserError(
-                f"--heat-maps: image {sample.image_id}: expected {name} with {width}x{height} "
-                f"pixels, found {its.file_name} with {its.width}x{its.height}"
-            )
+        if (its := found.get(sample.image_id)) is not None:
+            its.check("--heat-maps", sample.path.name, sample.width, sample.height)
     if not any(sample.image_id in found for sample in samples):
         raise UserError(f"--heat-maps: expected those of the shown images in {folder}, found none")
     return found
@@ -394,12 +383,10 @@ def _write_pictures(
     config: ReportConfig, samples: Sequence[Sample], heat_maps: Mapping[int, heatmaps.Scored]
 ) -> list[Picture]:
     """Write the pictures, or put them into their addresses."""
-    low, high = _scale([heat_maps[s.image_id] for s in samples if s.image_id in heat_maps])
+    limits = heatmaps.scale([heat_maps[s.image_id] for s in samples if s.image_id in heat_maps])
 
     def heat(sample: Sample) -> bytes:
-        values = np.clip((heat_maps[sample.image_id].heat_map() - low) / (high - low), 0, 1)
-        grey = np.rint(255 * values).astype(np.uint8)
-        return _jpeg(cv2.applyColorMap(grey, cv2.COLORMAP_INFERNO), HEAT_SIDE)
+        return _jpeg(heatmaps.coloured(heat_maps[sample.image_id], limits), HEAT_SIDE)
 
     def both(sample: Sample, place: Callable[[str, bytes], str]) -> Picture:
         name, is_known = f"{sample.image_id}.jpg", sample.image_id in heat_maps
@@ -415,15 +402,6 @@ def _write_pictures(
             return f"{IMAGES}/{name}"
 
         return [both(sample, write) for sample in samples]
-
-
-def _scale(scored: Sequence[heatmaps.Scored]) -> tuple[float, float]:
-    """The values that are black and white in all heat maps, so that they can be compared."""
-    if not scored:
-        return 0.0, 1.0
-    low = float(np.median([its.low for its in scored]))
-    high = max(its.high for its in scored)
-    return low, high if high > low else low + 1
 
 
 def _jpeg(image: np.ndarray, side: int) -> bytes:
