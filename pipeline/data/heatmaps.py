@@ -28,6 +28,7 @@ SCORES = "scores.json"
 FOLDER = "heatmaps"
 METRICS = "metrics.json"
 LEVELS = 2**16 - 1
+OPACITY = 0.6  # of a heat map over its image, as in the report page
 _KEYS = {"id", "file_name", "width", "height", "split", "class", "score", "heat_map"}
 _HEAT_MAP_KEYS = {"file", "low", "high"}
 
@@ -166,3 +167,9 @@ def coloured(scored: Scored, limits: tuple[float, float]) -> np.ndarray:
     values = np.clip((scored.heat_map() - low) / (high - low), 0, 1)
     grey = np.rint(255 * values).astype(np.uint8)
     return np.asarray(cv2.applyColorMap(grey, cv2.COLORMAP_INFERNO))
+
+
+def blended(image: np.ndarray, scored: Scored, limits: tuple[float, float]) -> np.ndarray:
+    """The heat map over its image, (height, width, 3) uint8 BGR, whose size it has to have."""
+    heat = coloured(scored, limits)
+    return np.asarray(cv2.addWeighted(heat, OPACITY, image, 1 - OPACITY, 0))

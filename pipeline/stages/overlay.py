@@ -3,6 +3,9 @@
 What is shown is settled first, image by image and without its pixels: verdicts, order, chapters.
 Then pictures are read, drawn and encoded one after the other. The record beside the video has the
 `moments` at which its images come.
+
+Heat maps have a panel of their own, on one scale for all images: under boxes and masks they would
+be hidden where it matters, and over them they would hide these.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ from rich.progress import track
 
 from pipeline import record
 from pipeline.config import OverlayConfig
-from pipeline.data import masks, report, writers
+from pipeline.data import heatmaps, masks, report, writers
 from pipeline.data.coco import read_coco
 from pipeline.data.dataset import GOOD, Dataset, Sample
 from pipeline.data.draw import Card, ReviewDrawer
@@ -45,6 +48,8 @@ BLINK = 0.5  # seconds of truth, and of prediction: under the three flashes a se
 WIDEST_PANEL = 2.0  # width / height; an image longer or taller than this gets bars
 
 ANNOTATED = ("dataset", "COCO file")  # the sources that have truth
+
+HEAT_MAP = "heat map"  # caption of its panel
 
 Panel = tuple[sv.Detections, Sequence[str]]  # instances of an image, and a label for each
 
@@ -143,6 +148,12 @@ class Predictions:
                 raise UserError(f"--predictions: {name}: expected a size of {size}, found {other}")
         return from_coco_results(found)
 
+    def is_unknown(self, name: str, image_id: int) -> bool:
+        """Whether an image is anomalous and shows no known class, as far as that is known."""
+        image = self._images[name] if self._images is not None else {}
+        its = image.get("anomaly")
+        return bool(its) and its["score"] >= its["threshold"] and not self.entries(name, image_id)
+
     @property
     def cut(self) -> str:
         """The score from which instances count, in words."""
@@ -153,6 +164,33 @@ class Predictions:
         return f"{min(found):.3g}" if len(found) == 1 else f"{min(found):.3g}–{max(found):.3g}"
 
 
+class HeatMaps:
+    """The heat maps of the images. Raises `UserError` if there are none.
+
+    `folds` is the number of folds of a video of all of them, whose `path` has `{fold}` in it.
+    """
+
+    def __init__(self, path: Path, folds: int | None) -> None:
+        self._path = path
+        self._found = heatmaps.read_by_id(path, folds)
+        self._limits = heatmaps.scale(list(self._found.values()))
+
+    def of(self, shot: Shot) -> heatmaps.Scored:
+        """That of an image. Raises `UserError` if there is none."""
+        found = self._found.get(shot.image_id)
+        if found is None:
+            raise UserError(
+                f"--heat-maps: expected that of {shot.name} in {self._path}, found none"
+            )
+        return found
+
+    def over(self, shot: Shot, image: np.ndarray) -> np.ndarray:
+        """The image under its heat map. Raises `UserError` if that is of another image."""
+        scored = self.of(shot)
+        scored.check("--heat-maps", shot.name, image.shape[1], image.shape[0])
+        return heatmaps.blended(image, scored, self._limits)
+
+
 def run(config: OverlayConfig) -> None:
     """Write the video `config.out` and, beside it, its record. Raises `UserError` for bad input."""
     _check_out(config)
@@ -160,18 +198,22 @@ def run(config: OverlayConfig) -> None:
     _check_known(config, kind)
     figures = _figures(config.evaluation)
     predictions = Predictions(config.predictions, config.threshold) if config.predictions else None
+    heat = _heat_maps(config) if config.heat_maps else None
     if kind in ANNOTATED:
         reel = _annotated_reel(config, predictions)
     else:
         assert predictions is not None  # or there would be nothing to show
         reel = _plain_reel(config, kind, predictions)
+    if heat is not None:
+        for shot in reel.shots or ():
+            heat.of(shot)
 
     record.record_path(config.out).unlink(missing_ok=True)
     if reel.length == 0:
         _remove(config.out)  # with --force, an older run's errors
         print(f"no {'errors' if 'errors' in config.only else 'images'}: no video written")
     else:
-        counts = _film(config, reel, predictions, figures)
+        counts = _film(config, reel, predictions, heat, figures)
         if verdicts := [f"{counts[word]} {word}" for word in SEVERITY if counts[word]]:
             print(", ".join(verdicts))
         print(f"video: {config.out} ({counts.total()} images)")
@@ -377,13 +419,20 @@ def _card_frames(config: OverlayConfig, reel: Reel) -> int:
 
 
 def _film(
-    config: OverlayConfig, reel: Reel, predictions: Predictions | None, figures: list[Any]
+    config: OverlayConfig,
+    reel: Reel,
+    predictions: Predictions | None,
+    heat: HeatMaps | None,
+    figures: list[Any],
 ) -> Counter[str | None]:
     """Draw and encode image by image. Returns how often each verdict was given."""
     views = _views(config, predictions is not None)
-    note = ""
+    notes = []
     if predictions and any("prediction" in view for view in views):
-        note = f"score from {predictions.cut} · q: mask quality, by SAM's own estimate"
+        notes.append(f"score from {predictions.cut} · q: mask quality, by SAM's own estimate")
+    if heat is not None:
+        notes.append("heat map: the brighter, the less like a good image")
+    note = " · ".join(notes)
     size = _panel_size(reel.sizes, config.height)
     drawers = [ReviewDrawer(reel.classes, view, size, note) for view in views]
     card = _card_frames(config, reel)
@@ -404,6 +453,9 @@ def _film(
             aside = f"{counts.total()} / {reel.length}" if reel.length else f"{counts.total()}"
             if shot.overlap > 0:
                 aside = f"IoU {shot.overlap:.2f}   {aside}"
+            if predictions and predictions.is_unknown(shot.name, shot.image_id):
+                aside = f"anomalous, no known class   {aside}"
+            hot = None if heat is None else heat.over(shot, image)
             panels = _panels(shot, image, reel.classes, predictions)
             shown = [panels[caption][0] for caption in dict.fromkeys(itertools.chain(*views))]
             details = np.vstack([instances.xyxy for instances in shown]) if config.inset else None
@@ -411,8 +463,9 @@ def _film(
             for view, part in _parts(config, len(views), reel, time, stays):
                 if view not in drawn:
                     chosen = [panels[caption] for caption in views[view]]
+                    pictures = {} if hot is None else {len(chosen) - 1: hot}
                     drawn[view] = drawers[view].draw(
-                        image, chosen, shot.name, shot.verdict, aside, details
+                        image, chosen, shot.name, shot.verdict, aside, details, pictures
                     )
                 video.write(drawn[view], part)
             time += stays
@@ -420,13 +473,18 @@ def _film(
 
 
 def _views(config: OverlayConfig, has_predictions: bool) -> list[tuple[str, ...]]:
-    """The captions of the panels that are seen together; views take turns."""
+    """The captions of the panels that are seen together; views take turns.
+
+    A heat map is beside whatever else is seen.
+    """
+    heat = (HEAT_MAP,) if config.heat_maps else ()
     known = ("truth",) * (_kind(config.source) in ANNOTATED) + ("prediction",) * has_predictions
     if config.layout == "side-by-side":
-        return [known]
+        return [known + heat]
     if config.layout == "blink":
-        return [(caption,) for caption in (known if len(known) == 2 else ("image", *known))]
-    return [(config.layout,)]
+        turns = known if len(known) == 2 else ("image", *known)
+        return [(caption, *heat) for caption in turns]
+    return [(config.layout, *heat)]
 
 
 def _parts(
@@ -450,7 +508,7 @@ def _panels(
     shot: Shot, image: np.ndarray, classes: tuple[str, ...], predictions: Predictions | None
 ) -> dict[str, Panel]:
     """What a panel of each caption shows."""
-    instances = {"image": sv.Detections.empty()}
+    instances = {"image": sv.Detections.empty(), HEAT_MAP: sv.Detections.empty()}
     if shot.sample is not None:
         instances["truth"] = _truth(shot.sample)
     if predictions is not None:
@@ -498,6 +556,12 @@ def _card(
         {k: f"{name}: {labels[k]}" for k, name in enumerate(reel.classes) if reel.shots},
         {word: verdicts[word] for word in SEVERITY if verdicts[word]},
     )
+
+
+def _heat_maps(config: OverlayConfig) -> HeatMaps:
+    assert config.heat_maps is not None
+    folds = Dataset(config.source).fold_count() if config.fold == "all" else None
+    return HeatMaps(config.heat_maps, folds)
 
 
 def _figures(evaluation: Path | None) -> list[tuple[str, str]]:

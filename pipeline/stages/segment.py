@@ -1,15 +1,17 @@
 """Boxes from a detector, a file or the truth; a pixel mask for each from SAM.
 
 Output folder: predictions.json and images.json (see `pipeline.data.predictions`), masks/ with
---masks, review.csv (masks of low quality) with --review-below, config.yaml, run.json.
+--masks, review.csv (masks of low quality) with --review-below, scores.json and heatmaps/ (see
+`pipeline.data.heatmaps`) with --anomaly, config.yaml, run.json.
 """
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import cv2
 import numpy as np
@@ -18,13 +20,17 @@ from rich.progress import Progress
 
 from pipeline import record
 from pipeline.config import SegmentConfig
-from pipeline.data import masks, predictions, quality
-from pipeline.data.dataset import Dataset, Sample
+from pipeline.data import heatmaps, masks, predictions, quality
+from pipeline.data.dataset import GOOD, Dataset, Sample
 from pipeline.data.files import atomic_path, write_text
 from pipeline.data.video import Frame, count_frames, frames
 from pipeline.errors import UserError
+from pipeline.models.classifier import resized
 from pipeline.models.device import torch_device
 from pipeline.models.segmenter import Segmenter
+
+if TYPE_CHECKING:  # it needs timm, which is optional
+    from pipeline.models.anomaly import Method
 
 COMMAND = "segment"
 FindBoxes = Callable[[Frame], sv.Detections]
@@ -42,13 +48,17 @@ def run(config: SegmentConfig) -> None:
         cache=config.cache,
         cache_gb=config.cache_gb,
     )
+    scorer = None if config.anomaly is None else _scorer(config.anomaly, config, dataset)
     pictures, count = _pictures(config, dataset)
     record.claim(config.out, config.force)
     record.write_config(config.out, COMMAND, config)
     shutil.rmtree(config.out / "masks", ignore_errors=True)  # of an earlier run
-    (config.out / quality.REVIEW).unlink(missing_ok=True)
+    shutil.rmtree(config.out / heatmaps.FOLDER, ignore_errors=True)
+    for name in (quality.REVIEW, heatmaps.SCORES):
+        (config.out / name).unlink(missing_ok=True)
     results: list[dict[str, Any]] = []
     images: list[dict[str, Any]] = []
+    scored: list[dict[str, Any]] = []
     with Progress() as progress:
         bar = progress.add_task("segmenting", total=count)
         for frame in pictures:
@@ -56,14 +66,21 @@ def run(config: SegmentConfig) -> None:
             found = _tidy(_rescored(found, config), config)
             results += predictions.coco_results(frame.image_id, found)
             height, width = frame.image.shape[:2]
-            images.append(
-                {"id": frame.image_id, "file_name": frame.name, "width": width, "height": height}
-            )
+            image: dict[str, Any] = {
+                "id": frame.image_id, "file_name": frame.name, "width": width, "height": height,
+            }  # fmt: skip
+            if scorer is not None:
+                entry = scorer.score(frame, config.out)
+                scored.append({**image, **entry})
+                image["anomaly"] = {"score": entry["score"], "threshold": scorer.threshold}
+            images.append(image)
             if config.masks:
                 # Only .png goes: the masks of a.jpg and a.png must not overwrite one another.
                 name = f"{frame.name.removesuffix('.png')}.png"
                 _write_mask(config.out / "masks" / name, found, (height, width))
             progress.advance(bar)
+    if scorer is not None:
+        heatmaps.write_scores(config.out, scored)
     predictions.write_predictions(config.out, results, images, classes)
     if config.review_below is not None:
         listed = quality.review_list(results, config.review_below)
@@ -84,6 +101,55 @@ def _pictures(config: SegmentConfig, dataset: Dataset | None) -> tuple[Iterator[
 
 def _samples(config: SegmentConfig, dataset: Dataset) -> list[Sample]:
     return [s for split in config.splits for s in dataset.split(split, config.fold)]
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """An anomaly detector that looks at the same images."""
+
+    method: Method
+    threshold: float
+    truth: Mapping[int, Mapping[str, str]]  # split and class by image id, as far as they are known
+
+    def score(self, frame: Frame, out: Path) -> dict[str, Any]:
+        """What scores.json has of an image beside its name and size; writes its heat map."""
+        pixels = resized(frame.image, self.method.image_size)
+        scores, heat_maps = self.method.score(pixels[None])
+        return {
+            **self.truth.get(frame.image_id, {"split": None, "class": None}),
+            "score": float(scores[0]),
+            "heat_map": heatmaps.write_heat_map(out, frame.name, heat_maps[0].numpy()),
+        }
+
+
+def _scorer(folder: Path, config: SegmentConfig, dataset: Dataset | None) -> Scorer:
+    """The method of a run. Raises `UserError` if it may have learned images of these splits."""
+    from pipeline.models import anomaly
+
+    threshold = config.anomaly_threshold
+    if threshold is None:
+        threshold = heatmaps.read_threshold(folder)
+    truth = {}
+    if dataset is not None:
+        made = heatmaps.read_metrics(folder)
+        if (made["protocol"], made["fold"]) != ("dataset", config.fold):
+            raise UserError(
+                f"--anomaly: expected a run of {_source_of('dataset', config.fold)}, "
+                f"found one of {_source_of(made['protocol'], made['fold'])}: {folder}"
+            )
+        names = (GOOD, *dataset.classes)
+        truth = {
+            sample.image_id: {"split": split, "class": names[sample.label + 1]}
+            for split in config.splits
+            for sample in dataset.split(split, config.fold)
+        }
+    return Scorer(anomaly.load(folder, torch_device(config.device)), threshold, truth)
+
+
+def _source_of(protocol: str, fold: int | None) -> str:
+    if protocol != "dataset":
+        return "an MVTec category, which may have learned images of the dataset's splits"
+    return "the dataset's single split" if fold is None else f"the dataset's fold {fold}"
 
 
 def _box_source(
