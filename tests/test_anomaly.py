@@ -1,9 +1,13 @@
-"""Anomaly detectors on small random features, against plain or other libraries' implementations."""
+"""Anomaly detectors on small random features, against plain or other libraries' implementations.
+
+And what was learned, written and read again.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,10 +16,16 @@ from scipy import ndimage
 from scipy.spatial.distance import cdist, mahalanobis
 from sklearn.covariance import LedoitWolf
 
+from pipeline.config import DetectAnomalyConfig, build
+from pipeline.data import tensors
+from pipeline.errors import UserError
 from pipeline.models import anomaly
+from pipeline.models import anomaly_features as features
+from pipeline.models.anomaly_method import Method
 from pipeline.models.imagenet import efficientnet_lite0
 
 Arrays = list[np.ndarray]
+SIZE = 64
 
 
 def levels(count: int, seed: int, sides: Sequence[int] = (8, 4, 2)) -> list[torch.Tensor]:
@@ -32,7 +42,7 @@ def levels(count: int, seed: int, sides: Sequence[int] = (8, 4, 2)) -> list[torc
 @pytest.fixture
 def plain_maps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Heat maps as they are before they are enlarged and smoothed."""
-    monkeypatch.setattr(anomaly, "_heat_maps", lambda maps, levels: maps.cpu())
+    monkeypatch.setattr(Method, "heat_maps", lambda self, maps: maps.cpu())
 
 
 def as_arrays(tensors: list[torch.Tensor]) -> Arrays:
@@ -45,24 +55,26 @@ def as_arrays(tensors: list[torch.Tensor]) -> Arrays:
 @pytest.mark.usefixtures("plain_maps")
 def test_cosine() -> None:
     good, new = levels(12, 0), levels(5, 1)
-    detector = anomaly.Cosine()
-    detector.fit(good)
-    scores, maps = detector.score(new)
+    detector = features.Cosine(SIZE)
+    detector.fit_features(good)
+    scores, maps = detector.score_features(new)
     pooled = [
         (a.mean((2, 3)), b.mean((2, 3))) for a, b in zip(*map(as_arrays, (new, good)), strict=True)
     ]
     expected = np.mean([cdist(a, b, "cosine") for a, b in pooled], axis=0).min(axis=1)
     np.testing.assert_allclose(scores, expected, atol=1e-6)
     np.testing.assert_allclose(maps.mean((1, 2)), expected, atol=1e-6)  # its parts, place by place
-    assert np.abs(detector.score(good)[0].numpy()).max() < 1e-6  # each is its own neighbour
+    assert (
+        np.abs(detector.score_features(good)[0].numpy()).max() < 1e-6
+    )  # each is its own neighbour
 
 
 @pytest.mark.usefixtures("plain_maps")
 def test_mahalanobis() -> None:
     good, new = levels(12, 0), levels(5, 1)
-    detector = anomaly.Mahalanobis()
-    detector.fit(good)
-    scores, maps = detector.score(new)
+    detector = features.Mahalanobis(SIZE)
+    detector.fit_features(good)
+    scores, maps = detector.score_features(new)
     expected = np.zeros(5)
     for a, b in zip(as_arrays(new), as_arrays(good), strict=True):
         fitted = LedoitWolf().fit(b.mean((2, 3)))
@@ -71,9 +83,11 @@ def test_mahalanobis() -> None:
     np.testing.assert_allclose(maps.mean((1, 2)), expected, rtol=1e-4)
 
 
-@pytest.mark.parametrize("detector", [anomaly.Cosine(), anomaly.Mahalanobis()], ids=["cos", "maha"])
+@pytest.mark.parametrize(
+    "detector", [features.Cosine(SIZE), features.Mahalanobis(SIZE)], ids=["cos", "maha"]
+)
 @pytest.mark.usefixtures("plain_maps")
-def test_parts_of_a_distance_are_where_the_image_differs(detector: anomaly.Detector) -> None:
+def test_parts_of_a_distance_are_where_the_image_differs(detector: features.FeatureMethod) -> None:
     """One of the good images, with other features in a corner."""
     good = [1 + 0.1 * level for level in levels(20, 0)]
     new = [level[:1].clone() for level in good]
@@ -81,8 +95,8 @@ def test_parts_of_a_distance_are_where_the_image_differs(detector: anomaly.Detec
     for level, cell in zip(new, (4, 2, 1), strict=True):
         change = torch.randn(level.shape[1], generator=generator)[:, None, None]
         level[:, :, -cell:, -cell:] += change
-    detector.fit(good)
-    (heat,) = detector.score(new)[1].numpy()
+    detector.fit_features(good)
+    (heat,) = detector.score_features(new)[1].numpy()
     assert heat[4:, 4:].mean() > 5 * np.abs(heat[:4, :4]).mean()
 
 
@@ -92,9 +106,9 @@ def test_parts_of_a_distance_are_where_the_image_differs(detector: anomaly.Detec
 @pytest.mark.usefixtures("plain_maps")
 def test_padim() -> None:
     good, new = levels(30, 0, (4, 4, 1)), levels(3, 1, (4, 4, 1))
-    detector = anomaly.PaDiM()
-    detector.fit(good)
-    scores, maps = detector.score(new)
+    detector = features.PaDiM(SIZE)
+    detector.fit_features(good)
+    scores, maps = detector.score_features(new)
     known, seen = (np.concatenate(as_arrays(x[:2]), axis=1) for x in (good, new))
     expected = np.empty((3, 4, 4))
     for i, row, column in np.ndindex(3, 4, 4):
@@ -108,7 +122,7 @@ def test_padim() -> None:
 
 def test_padim_of_one_image_has_no_covariance() -> None:
     with pytest.raises(ValueError, match="at least 2 images, found 1"):
-        anomaly.PaDiM().fit(levels(1, 0))
+        features.PaDiM(SIZE).fit_features(levels(1, 0))
 
 
 def local_means(x: list[torch.Tensor]) -> np.ndarray:
@@ -121,9 +135,9 @@ def local_means(x: list[torch.Tensor]) -> np.ndarray:
 @pytest.mark.usefixtures("plain_maps")
 def test_patchcore() -> None:
     good, new = levels(6, 0, (4, 4, 1)), levels(3, 1, (4, 4, 1))
-    detector = anomaly.PatchCore(coreset=1.0, seed=0)  # all patches, in another order
-    detector.fit(good)
-    scores, maps = detector.score(new)
+    detector = features.PatchCore(SIZE, coreset=1.0, seed=0)  # all patches, in another order
+    detector.fit_features(good)
+    scores, maps = detector.score_features(new)
     bank = local_means(good).reshape(-1, 7)
     np.testing.assert_allclose(sorted(detector.bank.tolist()), sorted(bank.tolist()), atol=1e-5)
     for i, patches in enumerate(local_means(new)):
@@ -140,7 +154,7 @@ def test_patchcore() -> None:
 
 def test_coarse_features_are_enlarged_to_the_fine_ones() -> None:
     fine, coarse = torch.zeros(1, 1, 4, 4), torch.tensor([[[[0.0, 4.0], [0.0, 4.0]]]])
-    patches = anomaly._patches([fine, coarse])
+    patches = features._patches([fine, coarse])
     assert patches.shape == (1, 2, 4, 4)
     assert patches[0, 1].tolist() == [[0.0, 1.0, 3.0, 4.0]] * 4
 
@@ -148,27 +162,27 @@ def test_coarse_features_are_enlarged_to_the_fine_ones() -> None:
 def test_the_coreset_is_greedy() -> None:
     """Each is the farthest from those before it, as of a plain search; the first is given."""
     vectors = np.random.default_rng(3).normal(size=(60, 5))
-    chosen = anomaly.coreset(torch.from_numpy(vectors).float(), 25, seed=7).tolist()
+    chosen = features.coreset(torch.from_numpy(vectors).float(), 25, seed=7).tolist()
     distances = cdist(vectors, vectors)
     for i in range(1, len(chosen)):
         to_nearest = distances[:, chosen[:i]].min(axis=1)
         assert chosen[i] == int(to_nearest.argmax())
-    firsts = {int(anomaly.coreset(torch.from_numpy(vectors), 1, seed)[0]) for seed in range(10)}
+    firsts = {int(features.coreset(torch.from_numpy(vectors), 1, seed)[0]) for seed in range(10)}
     assert len(firsts) > 3
-    assert anomaly.coreset(torch.from_numpy(vectors).float(), 25, seed=7).tolist() == chosen
+    assert features.coreset(torch.from_numpy(vectors).float(), 25, seed=7).tolist() == chosen
 
 
 def test_no_patch_is_chosen_twice() -> None:
-    chosen = anomaly.coreset(torch.ones(9, 4), 9, seed=0)
+    chosen = features.coreset(torch.ones(9, 4), 9, seed=0)
     assert sorted(chosen.tolist()) == list(range(9))
 
 
 @pytest.mark.usefixtures("plain_maps")
 def test_a_coreset_of_a_single_patch_is_not_weighted() -> None:
     good = levels(2, 0)
-    detector = anomaly.PatchCore(coreset=1e-9, seed=0)
-    detector.fit(good)
-    scores, maps = detector.score(levels(3, 1))
+    detector = features.PatchCore(SIZE, coreset=1e-9, seed=0)
+    detector.fit_features(good)
+    scores, maps = detector.score_features(levels(3, 1))
     assert detector.bank.shape == (1, 7)
     assert torch.equal(scores, maps.amax((1, 2)))
 
@@ -180,7 +194,7 @@ def test_a_patch_is_drawn_where_it_lies() -> None:
     """Of 8 patches a side, that in row 5 and column 2 is at (43.5, 19.5) of 64 x 64 pixels."""
     maps = torch.zeros(1, 8, 8)
     maps[0, 5, 2] = 1
-    (heat,) = anomaly._heat_maps(maps, levels(1, 0)).numpy()
+    (heat,) = features.Cosine(64).heat_maps(maps).numpy()
     assert heat.shape == (64, 64)
     assert ndimage.center_of_mass(heat) == pytest.approx((5 * 8 + 3.5, 2 * 8 + 3.5), abs=0.05)
     assert heat.sum() == pytest.approx(64, rel=1e-3)  # the pixels of a patch
@@ -190,7 +204,9 @@ def test_features_are_those_of_the_whole_network() -> None:
     images = torch.randint(
         0, 256, (2, 3, 64, 64), generator=torch.Generator().manual_seed(0)
     ).byte()
-    fine, middle, coarse = anomaly.Backbone()(images)
+    backbone = features.Backbone()
+    backbone.begin()
+    fine, middle, coarse = backbone(images)
     assert [tuple(x.shape) for x in (fine, middle, coarse)] == [
         (2, 40, 8, 8),
         (2, 112, 4, 4),
@@ -204,3 +220,62 @@ def test_features_are_those_of_the_whole_network() -> None:
             if i in (2, 4):
                 torch.testing.assert_close((fine, None, middle)[i - 2], x, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(coarse, x, rtol=1e-3, atol=1e-3)
+
+
+# ---- On disk ---------------------------------------------------------------------------------
+
+
+def images(count: int, seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (count, 3, SIZE, SIZE), generator=generator).byte()
+
+
+def created(method: str, **options: object) -> Method:
+    values = {"source": "x", "out": "y", "method": method, "image_size": SIZE, **options}
+    return anomaly.create(build(DetectAnomalyConfig, values))
+
+
+@pytest.mark.parametrize("name", ["cosine", "mahalanobis", "padim", "patchcore"])
+def test_a_method_that_is_read_again_scores_as_before(name: str, tmp_path: Path) -> None:
+    method = created(name, coreset=0.3, seed=5)
+    method.fit(images(18, 0))
+    anomaly.save(method, tmp_path)
+    same = anomaly.load(tmp_path)
+    assert (type(same), same.image_size) == (type(method), SIZE)
+    assert [getattr(same, option) for option in same.options] == [0.3, 5][: len(same.options)]
+    new = images(17, 1)
+    for before, after in zip(method.score(new), same.score(new), strict=True):
+        assert before.dtype == torch.float32 and torch.equal(before, after)
+    assert method.score(new)[1].shape == (17, SIZE, SIZE)
+    anomaly.save(same, tmp_path / "again")
+    first, second = (folder / anomaly.FILE for folder in (tmp_path, tmp_path / "again"))
+    assert first.read_bytes() == second.read_bytes()
+
+
+def test_only_what_was_saved_is_loaded(tmp_path: Path) -> None:
+    path = tmp_path / anomaly.FILE
+    expected = rf"^{path}: expected an anomaly detector of `pipeline detect-anomaly`, found [^\n]+$"
+    for write in (
+        lambda: None,  # no file
+        lambda: path.write_bytes(b"no tensors"),
+        lambda: tensors.write(path, {"a": torch.zeros(1)}, {}),
+        lambda: tensors.write(path, {"a": torch.zeros(1)}, {"anomaly": "no JSON"}),
+        lambda: tensors.write(path, {"a": torch.zeros(1)}, {"anomaly": "[]"}),
+    ):
+        write()
+        with pytest.raises(UserError, match=expected):
+            anomaly.load(tmp_path)
+    method = created("patchcore")
+    method.fit(images(3, 0))
+    anomaly.save(method, tmp_path)
+    whole, (state, about) = path.read_bytes(), tensors.read(path, "")
+    for write in (
+        lambda: path.write_bytes(whole[:-100]),
+        lambda: tensors.write(path, {k: v for k, v in state.items() if k != "bank"}, about),
+        lambda: tensors.write(path, {k: v for k, v in state.items() if "conv" not in k}, about),
+        lambda: tensors.write(path, state, {"anomaly": about["anomaly"].replace("seed", "sed")}),
+        lambda: tensors.write(path, state, {"anomaly": about["anomaly"].replace("core", "co")}),
+    ):
+        write()
+        with pytest.raises(UserError, match=expected):
+            anomaly.load(tmp_path)

@@ -13,9 +13,11 @@ from rectangles import draw, filled, write_dataset
 
 from pipeline import cli
 from pipeline.config import ConvertConfig, DetectAnomalyConfig, build
-from pipeline.data.files import read_json, sha256, write_json
+from pipeline.data.files import read_image, read_json, sha256, write_json
 from pipeline.data.heatmaps import read_scores, write_heat_map
 from pipeline.errors import UserError
+from pipeline.models import anomaly
+from pipeline.models.classifier import resized
 from pipeline.stages import convert, detect_anomaly
 
 HEIGHT, WIDTH = 72, 96
@@ -75,6 +77,12 @@ def test_mvtec_protocol(category: Path, tmp_path: Path, method: str) -> None:
     assert figures["seconds"]["training"] >= 0
     boxes = {f"{cls}__{i:03}.png": box for cls, its in BOXES.items() for i, box in enumerate(its)}
     scored = {entry.file_name: entry for entry in read_scores(tmp_path / "out")}
+    # What was learned is there, and says the same of an image.
+    image = read_image(category / "test" / "stain" / "000.png")
+    loaded = anomaly.load(tmp_path / "out")
+    score, heat_map = loaded.score(resized(image, loaded.image_size)[None])
+    assert scored["stain__000.png"].score == pytest.approx(float(score), rel=1e-3)
+    assert scored["stain__000.png"].high == pytest.approx(float(heat_map.max()), rel=1e-3)
     assert set(scored) == {*boxes, *(f"good__test_00{i}.png" for i in range(3))}
     for name, box in boxes.items():
         heat = scored[name].heat_map()

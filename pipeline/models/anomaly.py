@@ -1,264 +1,65 @@
-"""Anomaly detectors that learn from good images alone, on ImageNet features.
+"""Anomaly detectors that learn from good images alone: making them, and keeping what they learned.
 
-All of them see the same features: those of EfficientNet-Lite0 at strides 8, 16 and 32. None of them
-trains a network.
+    method = load(folder)
+    scores, heat_maps = method.score(images)
 
-`Cosine` and `Mahalanobis` compare an image's mean features with those of the good images. `PaDiM`
-and `PatchCore` compare patches: an image's features at stride 8, beside those of stride 16.
-
-Each has `fit(levels)` and `score(levels)`. `levels` are `Backbone`'s features: of all good images
-in `fit`, of any number of images in `score`, which gives scores (n,), higher for what is less like
-a good image, and heat maps (n, size, size), both float32 on the CPU.
+with images of `method.image_size`; see `Method`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Protocol
+import json
+from pathlib import Path
 
-import numpy as np
-import timm
 import torch
-from scipy.ndimage import gaussian_filter
-from sklearn.covariance import LedoitWolf
-from torch import nn
-from torch.nn import functional as F
 
-from pipeline.models.imagenet import LITE0_MEAN, LITE0_STD, efficientnet_lite0
+from pipeline.config import DetectAnomalyConfig
+from pipeline.data import tensors
+from pipeline.errors import UserError
+from pipeline.models.anomaly_features import Cosine, Mahalanobis, PaDiM, PatchCore
+from pipeline.models.anomaly_method import Method
 
-Levels = Sequence[torch.Tensor]  # features (n, channels, height, width) from fine to coarse
-Scored = tuple[torch.Tensor, torch.Tensor]
+FILE = "model.safetensors"  # in the output folder of `pipeline detect-anomaly`
+METHODS: dict[str, type[Method]] = {
+    method.name: method for method in (Cosine, Mahalanobis, PaDiM, PatchCore)
+}
 
-STRIDE = 32  # of the coarsest features: an image's side is a multiple of it
-BLUR = 4.0  # standard deviation in pixels of the network's input, as PaDiM and PatchCore have it
 
+def create(config: DetectAnomalyConfig) -> Method:
+    """The method that the options ask for, not fitted yet, on the CPU.
 
-class Backbone(nn.Module):
-    """Features of strides 8, 16 and 32 of EfficientNet-Lite0 with ImageNet weights, frozen.
-
-    Input: (n, 3, size, size) uint8 RGB, with a size that is a multiple of 32. Output: (n, 40,
-    size / 8, size / 8), (n, 112, size / 16, ...) and (n, 320, size / 32, ...). Raises `UserError`
-    when the weights are not installed.
+    Raises `UserError` when something that it begins with is not installed.
     """
-
-    mean: torch.Tensor
-    std: torch.Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        network: Any = timm.create_model(
-            "tf_efficientnet_lite0", features_only=True, out_indices=(2, 3, 4)
-        )
-        weights = efficientnet_lite0(pretrained=True).state_dict()
-        network.load_state_dict({key: weights[key] for key in network.state_dict()})
-        self.network = network.eval().to(memory_format=torch.channels_last)
-        self.register_buffer("mean", torch.tensor(LITE0_MEAN).view(3, 1, 1))
-        self.register_buffer("std", torch.tensor(LITE0_STD).view(3, 1, 1))
-
-    @torch.inference_mode()
-    def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
-        x = (images.float() / 255 - self.mean) / self.std
-        features = self.network(x.contiguous(memory_format=torch.channels_last))
-        return [level.contiguous() for level in features]
+    method = METHODS[config.method]
+    options = {name: getattr(config, name) for name in method.options}
+    made = method(config.image_size, **options)
+    made.begin()
+    return made
 
 
-class Detector(Protocol):
-    """What every method here is."""
-
-    def fit(self, levels: Levels) -> None: ...
-
-    def score(self, levels: Levels) -> Scored: ...
-
-
-# ---- Distances of whole images ---------------------------------------------------------------
-#
-# Both are sums over channels, and a mean feature is a mean over places. So each place has its part
-# of the distance, and the heat map shows these parts: before it is smoothed, its mean is the score.
+def save(method: Method, folder: Path) -> None:
+    """Write a fitted method into `folder`; the file's metadata says how to build it."""
+    options = {name: getattr(method, name) for name in method.options}
+    about = {"method": method.name, "image_size": method.image_size, "options": options}
+    tensors.write(folder / FILE, method.state_dict(), {"anomaly": json.dumps(about)})
 
 
-class Cosine:
-    """Cosine distance to the nearest good image, the mean of that of each level.
+def load(folder: Path, device: torch.device | str = "cpu") -> Method:
+    """The method that `save` wrote into `folder`; it gives equal scores.
 
-    Nearest neighbours of pooled ImageNet features are Bergman et al., Deep Nearest Neighbor Anomaly
-    Detection, arXiv 2002.10445, with another distance.
+    Raises `UserError` when there is none. Nothing beside the file is needed, no package with
+    weights either.
     """
-
-    def fit(self, levels: Levels) -> None:
-        self._good = [_over_norm_of_mean(level) for level in levels]
-
-    def score(self, levels: Levels) -> Scored:
-        own = [_over_norm_of_mean(level) for level in levels]
-        similarity = sum(
-            _mean(mine) @ _mean(good).T for mine, good in zip(own, self._good, strict=True)
-        )
-        assert isinstance(similarity, torch.Tensor)
-        most, nearest = similarity.max(dim=1)
-        parts = []
-        for mine, good in zip(own, self._good, strict=True):
-            # Of unit vectors a and b, 1 - a·b is half of (a - b)·(a - b).
-            difference = mine - good[nearest]
-            parts.append((difference * _mean(difference)[:, :, None, None]).sum(dim=1) / 2)
-        return 1 - most.cpu() / len(levels), _heat_maps(_sum(parts) / len(levels), levels)
-
-
-class Mahalanobis:
-    """Mahalanobis distance to a Gaussian of the good images, the sum over levels.
-
-    Rippel et al., Modeling the Distribution of Normal Data in Pre-Trained Deep Features for Anomaly
-    Detection, ICPR 2020, arXiv 2005.14140; the covariance is shrunk as Ledoit and Wolf (2004) have
-    it.
-    """
-
-    def fit(self, levels: Levels) -> None:
-        self._typical = [level.mean(dim=0) for level in levels]  # at each place
-        self._precision = [
-            torch.from_numpy(LedoitWolf().fit(_mean(level).cpu().double().numpy()).precision_)
-            .float()
-            .to(level.device)
-            for level in levels
-        ]
-
-    def score(self, levels: Levels) -> Scored:
-        parts, scores = [], torch.zeros(len(levels[0]), device=levels[0].device)
-        for level, typical, precision in zip(levels, self._typical, self._precision, strict=True):
-            difference = level - typical
-            mean = _mean(difference)
-            weights = mean @ precision
-            distance = (weights * mean).sum(dim=1).clamp_min(1e-12).sqrt()
-            weighted = difference * (weights / distance[:, None])[:, :, None, None]
-            parts.append(weighted.sum(dim=1))
-            scores += distance
-        return scores.cpu(), _heat_maps(_sum(parts), levels)
-
-
-def _mean(level: torch.Tensor) -> torch.Tensor:
-    """(n, channels): the mean over places."""
-    return level.mean(dim=(2, 3))
-
-
-def _over_norm_of_mean(level: torch.Tensor) -> torch.Tensor:
-    return level / _mean(level).norm(dim=1)[:, None, None, None]
-
-
-def _sum(maps: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The sum of maps (n, h, w) of several sizes, in the first one's."""
-    total = torch.zeros_like(maps[0])
-    for single in maps:
-        total += F.interpolate(single[:, None], total.shape[1:], mode="nearest-exact")[:, 0]
-    return total
-
-
-# ---- Distances of patches --------------------------------------------------------------------
-
-
-class PaDiM:
-    """Mahalanobis distance of each patch to a Gaussian of the good images' patches at its place.
-
-    Defard et al., PaDiM, ICPR Workshops 2021, arXiv 2011.08785. Its random choice of channels is
-    left out, for there are but 152 of them; the score is the maximum of the smoothed heat map.
-    """
-
-    epsilon = 0.01  # added to the covariance's diagonal
-
-    def fit(self, levels: Levels) -> None:
-        """Raises `ValueError` for fewer than two images."""
-        patches = _patches(levels[:2])
-        count, channels, self._height, self._width = patches.shape
-        if count < 2:
-            raise ValueError(f"expected at least 2 images, found {count}")
-        at_place = patches.flatten(2).permute(2, 0, 1)  # (places, n, channels)
-        self._mean = at_place.mean(dim=1, keepdim=True)
-        centred = at_place - self._mean
-        covariance = centred.mT @ centred / (count - 1)
-        covariance += self.epsilon * torch.eye(channels, device=covariance.device)
-        self._root = torch.linalg.cholesky(covariance)
-
-    def score(self, levels: Levels) -> Scored:
-        patches = _patches(levels[:2])
-        centred = patches.flatten(2).permute(2, 0, 1) - self._mean
-        whitened = torch.linalg.solve_triangular(self._root, centred.mT, upper=False)
-        distances = whitened.norm(dim=1)  # (places, n)
-        maps = _heat_maps(distances.T.unflatten(1, (self._height, self._width)), levels)
-        return maps.amax(dim=(1, 2)), maps
-
-
-class PatchCore:
-    """Distance of each patch to the nearest of a coreset of the good images' patches.
-
-    Roth et al., Towards Total Recall in Industrial Anomaly Detection, CVPR 2022, arXiv 2106.08265:
-    patch features are means over 3 x 3 neighbours, the coreset is chosen greedily, each patch the
-    farthest from those before it (the first one is random), and an image's score is that of its
-    farthest patch, weighted (equation 7). Their random projection, which makes the choice faster,
-    is left out: 152 channels are about as few as the 128 they project to.
-    """
-
-    neighbours = 9  # good patches around the nearest one, whose distances make the weight
-
-    def __init__(self, coreset: float, seed: int) -> None:
-        """`coreset` is the part of the patches that is kept."""
-        self._part, self._seed = coreset, seed
-        self.bank = torch.empty(0, 0)  # (patches, channels)
-
-    def fit(self, levels: Levels) -> None:
-        patches = _vectors(_patches(_neighbourhoods(levels[:2]))).flatten(0, 1)
-        count = max(1, int(len(patches) * self._part))
-        self.bank = patches[coreset(patches, count, self._seed)]
-
-    def score(self, levels: Levels) -> Scored:
-        grid = _patches(_neighbourhoods(levels[:2]))
-        scores, distances = zip(*map(self._score, _vectors(grid)), strict=True)
-        maps = torch.stack(distances).unflatten(1, grid.shape[2:])
-        return torch.stack(scores).cpu(), _heat_maps(maps, levels)
-
-    def _score(self, patches: torch.Tensor) -> Scored:
-        """The score of one image and the distance of each of its patches (n, channels)."""
-        distances, nearest = torch.cdist(patches, self.bank).min(dim=1)
-        farthest = distances.argmax()
-        around = torch.cdist(self.bank[nearest[farthest]][None], self.bank)[0]
-        near = around.topk(min(self.neighbours, len(around)), largest=False).indices
-        rivals = torch.cdist(patches[farthest][None], self.bank[near])[0]
-        # The nearest is its own first neighbour. Where it is the only one, nothing is weighted.
-        weight = 1 - rivals.softmax(dim=0)[0] if len(near) > 1 else 1
-        return weight * distances[farthest], distances
-
-
-def coreset(vectors: torch.Tensor, count: int, seed: int) -> torch.Tensor:
-    """Places of `count` of the vectors (n, channels), each the farthest from those before it.
-
-    Greedy k-centre (Sener & Savarese, ICLR 2018, arXiv 1708.00489); the seed decides the first.
-    """
-    chosen = torch.empty(count, dtype=torch.long, device=vectors.device)
-    chosen[0] = int(np.random.default_rng(seed).integers(len(vectors)))
-    squares = vectors.square().sum(dim=1)
-    distances = torch.full_like(squares, torch.inf)  # squared, to the nearest of those chosen
-    for i in range(1, count):
-        last = chosen[i - 1]
-        to_last = squares + squares[last] - 2 * (vectors @ vectors[last])
-        distances = torch.minimum(distances, to_last)
-        distances[last] = -torch.inf  # not again, even among equal vectors
-        chosen[i] = distances.argmax()
-    return chosen
-
-
-def _neighbourhoods(levels: Levels) -> Levels:
-    """The mean over 3 x 3 neighbours, with zeros beyond the border."""
-    return [F.avg_pool2d(level, 3, stride=1, padding=1) for level in levels]
-
-
-def _patches(levels: Levels) -> torch.Tensor:
-    """(n, channels, h, w): all channels at the finest level's places."""
-    size = levels[0].shape[2:]
-    resized = [F.interpolate(level, size, mode="bilinear") for level in levels[1:]]
-    return torch.cat([levels[0], *resized], dim=1)
-
-
-def _vectors(patches: torch.Tensor) -> torch.Tensor:
-    """(n, places, channels), a patch in each row."""
-    return patches.flatten(2).mT
-
-
-def _heat_maps(maps: torch.Tensor, levels: Levels) -> torch.Tensor:
-    """Maps (n, h, w) in the size of the network's input, smoothed."""
-    side = levels[-1].shape[-1] * STRIDE
-    large = F.interpolate(maps[:, None], (side, side), mode="bilinear")[:, 0].cpu()
-    return torch.from_numpy(gaussian_filter(large.numpy(), BLUR, axes=(1, 2)))
+    path = folder / FILE
+    state, metadata = tensors.read(path, "an anomaly detector of `pipeline detect-anomaly`")
+    try:
+        about = json.loads(metadata["anomaly"])
+        method = METHODS[about["method"]](about["image_size"], **about["options"])
+        method.learn({name: state[name] for name in method.fitted})
+        method.load_state_dict(state)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        detail = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"{path}: expected an anomaly detector of `pipeline detect-anomaly`, found {detail}"
+        ) from None
+    return method.to(device)

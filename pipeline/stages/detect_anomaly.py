@@ -1,7 +1,7 @@
 """Learn from good images alone; score all others, with heat maps.
 
-Output folder: scores.json and heatmaps/ (see `pipeline.data.heatmaps`), metrics.json, config.yaml,
-run.json.
+Output folder: model.safetensors (what was learned, see `pipeline.models.anomaly`), scores.json and
+heatmaps/ (see `pipeline.data.heatmaps`), metrics.json, config.yaml, run.json.
 
 metrics.json. Null stands for a figure that the data do not define, such as those at a threshold
 where there is no val split with defects to choose it on.
@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import Progress, TaskID
 from rich.table import Table
 
 from pipeline import record
@@ -40,28 +40,33 @@ from pipeline.data import heatmaps, metrics, one_class
 from pipeline.data.files import read_image, write_json
 from pipeline.data.one_class import OneClass, Picture
 from pipeline.models import anomaly
+from pipeline.models.anomaly_method import BATCH, Method
 from pipeline.models.classifier import resized
 from pipeline.models.device import torch_device
 
 COMMAND = "detect-anomaly"
-BATCH = 16  # images at a time
 
 
 def run(config: DetectAnomalyConfig) -> None:
     """Raises `UserError` for a source that is neither a category nor a dataset."""
     device = torch_device(config.device)
     source = one_class.read(config.source, config.fold)
-    backbone = anomaly.Backbone().to(device)
+    method = anomaly.create(config).to(device)
     record.claim(config.out, config.force)
     record.write_config(config.out, COMMAND, config)
-    shutil.rmtree(config.out / heatmaps.FOLDER, ignore_errors=True)  # of an earlier run
+    _remove_results(config.out)
 
     started = time.monotonic()
-    batches = list(_features(backbone, source.good, config.image_size, "learning"))
-    detector = _detector(config)
-    detector.fit([torch.cat(level) for level in zip(*batches, strict=True)])
+    with Progress() as progress:
+        bar = progress.add_task("reading", total=len(source.good))
+        images = torch.cat(list(_images(source.good, config.image_size, progress, bar)))
+        bar = progress.add_task("", total=1)
+        method.fit(
+            images, lambda done, words: progress.update(bar, completed=done, description=words)
+        )
+    anomaly.save(method, config.out)
     fitted = time.monotonic()
-    _score(backbone, detector, source, config)
+    _score(method, source, config.out)
     seconds = {"training": fitted - started, "inference": time.monotonic() - fitted}
 
     values = {
@@ -81,45 +86,36 @@ def run(config: DetectAnomalyConfig) -> None:
     print(f"scores and heat maps of {len(source.pictures)} images: {config.out}")
 
 
-def _detector(config: DetectAnomalyConfig) -> anomaly.Detector:
-    if config.method == "cosine":
-        return anomaly.Cosine()
-    if config.method == "mahalanobis":
-        return anomaly.Mahalanobis()
-    if config.method == "padim":
-        return anomaly.PaDiM()
-    return anomaly.PatchCore(config.coreset, config.seed)
+def _remove_results(out: Path) -> None:
+    """Remove what an earlier run has left, which would not be overwritten at once."""
+    shutil.rmtree(out / heatmaps.FOLDER, ignore_errors=True)
+    for name in (anomaly.FILE, heatmaps.SCORES, "metrics.json"):
+        (out / name).unlink(missing_ok=True)
 
 
-def _features(
-    backbone: anomaly.Backbone, paths: Sequence[Path], size: int, doing: str
-) -> Iterator[list[torch.Tensor]]:
-    """The backbone's features of the images, batch by batch."""
-    with Progress() as progress:
-        bar = progress.add_task(doing, total=len(paths))
-        for start in range(0, len(paths), BATCH):
-            batch = paths[start : start + BATCH]
-            images = torch.stack([resized(read_image(path), size) for path in batch])
-            yield backbone(images.to(backbone.mean.device))
-            progress.advance(bar, len(batch))
+def _images(
+    paths: Sequence[Path], size: int, progress: Progress, bar: TaskID
+) -> Iterator[torch.Tensor]:
+    """The images (n, 3, size, size), batch by batch; the bar shows how many have been used."""
+    for start in range(0, len(paths), BATCH):
+        batch = paths[start : start + BATCH]
+        yield torch.stack([resized(read_image(path), size) for path in batch])
+        progress.advance(bar, len(batch))
 
 
-def _score(
-    backbone: anomaly.Backbone,
-    detector: anomaly.Detector,
-    source: OneClass,
-    config: DetectAnomalyConfig,
-) -> None:
+def _score(method: Method, source: OneClass, out: Path) -> None:
     """Write the scores and heat maps of all pictures."""
     entries: list[dict[str, Any]] = []
     pictures = iter(source.pictures)
     paths = [picture.sample.path for picture in source.pictures]
-    for levels in _features(backbone, paths, config.image_size, "scoring"):
-        for score, values in zip(*detector.score(levels), strict=True):
-            picture = next(pictures)
-            heat_map = heatmaps.write_heat_map(config.out, picture.name, values.numpy())
-            entries.append(_entry(source, picture, float(score), heat_map))
-    heatmaps.write_scores(config.out, entries)
+    with Progress() as progress:
+        bar = progress.add_task("scoring", total=len(paths))
+        for images in _images(paths, method.image_size, progress, bar):
+            for score, values in zip(*method.score(images), strict=True):
+                picture = next(pictures)
+                heat_map = heatmaps.write_heat_map(out, picture.name, values.numpy())
+                entries.append(_entry(source, picture, float(score), heat_map))
+    heatmaps.write_scores(out, entries)
 
 
 def _entry(
