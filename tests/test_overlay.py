@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import time
@@ -18,7 +19,7 @@ import pytest
 import supervision as sv
 
 from pipeline.config import OverlayConfig, build
-from pipeline.data import draw, paint, palette, text
+from pipeline.data import draw, heatmaps, paint, palette, text
 from pipeline.data.files import read_json, write_json
 from pipeline.data.masks import encode_rle
 from pipeline.data.matching import Verdict
@@ -164,6 +165,100 @@ def test_panels_side_by_side_or_either_alone(root: Path, tmp_path: Path) -> None
 
     assert painted(both) == [True, False, True]
     assert painted(truth)[2] and not painted(predicted)[2]
+
+
+def write_heat_maps(root: Path, folder: Path, split: str = "test") -> Path:
+    """Of every image: 0 on the left, on the right its level / 200."""
+    entries = []
+    for image_id, (name, level, *_) in enumerate(IMAGES, start=1):
+        values = np.zeros((10, 10), np.float32)
+        values[:, 5:] = level / 200
+        entry = {"id": image_id, "file_name": name, "width": SIZE, "height": SIZE, "score": 1.0}
+        heat_map = heatmaps.write_heat_map(folder, name, values)
+        entries.append({**entry, "split": split, "class": "any", "heat_map": heat_map})
+    heatmaps.write_scores(folder, entries)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("layout", "others"), [("side-by-side", 2), ("truth", 1), ("prediction", 1), ("blink", 1)]
+)
+def test_heat_maps_have_a_panel_of_their_own(
+    root: Path, tmp_path: Path, layout: str, others: int
+) -> None:
+    """All on one scale, from black over the image to the brightest colour in the last one."""
+    folder = write_heat_maps(root, tmp_path / "heat")
+    plain = film(root, tmp_path / "a.mp4", layout=layout)
+    hot = film(root, tmp_path / "b.mp4", layout=layout, heat_maps=folder)
+    assert len(plain) == len(hot)
+    assert hot[0].shape[1] - plain[0].shape[1] > 195
+    levels = [level_of(image) for image in hot]
+    assert levels == [level_of(image) for image in plain]
+    panel = hot[0].shape[1] // (others + 1)
+    for frame, level in zip(hot, levels, strict=True):
+        left = frame[100:180, -panel + 20 : -panel + 60].reshape(-1, 3).mean(axis=0)
+        right = frame[100:180, -80:-40].reshape(-1, 3).mean(axis=0)
+        colours = cv2.applyColorMap(
+            np.array([[0, round(255 * level / 200)]], np.uint8), cv2.COLORMAP_INFERNO
+        )[0]
+        for found, colour in ((left, colours[0]), (right, colours[1])):
+            np.testing.assert_allclose(found, 0.6 * colour + 0.4 * level, atol=12)
+
+
+def test_heat_maps_of_all_folds_are_those_that_test_the_image(root: Path, tmp_path: Path) -> None:
+    data = shutil.copytree(root / "data", tmp_path / "data") / "annotations"
+    coco = read_json(data / "instances.json")
+    for k, ids in enumerate((range(1, 6), range(6, 10))):
+        own = {key: [e for e in coco[key] if e[name] in ids]
+               for key, name in (("images", "id"), ("annotations", "image_id"))}  # fmt: skip
+        write_json(data / f"instances_fold{k}_test.json", coco | own)
+        folder = write_heat_maps(root, tmp_path / f"heat{k}")
+        scores = read_json(folder / "scores.json")
+        for image in scores["images"]:
+            image["split"] = "test" if image["id"] in ids else "val"
+        write_json(folder / "scores.json", scores)
+        for image in scores["images"]:  # what another fold tests must not be shown
+            if image["id"] not in ids:
+                (folder / image["heat_map"]["file"]).unlink()
+    options = {"source": tmp_path / "data", "fold": "all", "heat_maps": tmp_path / "heat{fold}"}
+    shown = film(root, tmp_path / "a.mp4", **options)
+    assert [level_of(image) for image in shown] == BY_CLASS
+
+
+def test_heat_maps_that_do_not_fit(root: Path, tmp_path: Path) -> None:
+    folder = write_heat_maps(root, tmp_path / "heat")
+    scores = read_json(folder / "scores.json")
+    out = tmp_path / "a.mp4"
+    first = scores["images"][0]
+    for changed, problem in (
+        (scores["images"][1:], f"--heat-maps: expected that of crack__a.png in {folder}, found"),
+        ([{**first, "file_name": "b.png"}, *scores["images"][1:]], "image 1: expected crack__a"),
+        ([{**first, "width": 7}, *scores["images"][1:]], "100x100 pixels, found crack__a.png with"),
+    ):
+        write_json(folder / "scores.json", {"images": changed})
+        with pytest.raises(UserError, match=problem):
+            film(root, out, heat_maps=folder)
+        assert not out.exists() and not out.with_name("a.mp4.json").exists()
+    with pytest.raises(
+        UserError, match=r"nowhere/scores.json: expected a JSON file, found nothing"
+    ):
+        film(root, out, heat_maps=tmp_path / "nowhere")
+
+
+def test_what_is_anomalous_without_a_class_is_said(root: Path, tmp_path: Path) -> None:
+    shutil.copytree(root / "predictions", tmp_path / "predictions")
+    images = read_json(tmp_path / "predictions" / "images.json")
+    for image in images["images"]:
+        image["anomaly"] = {"score": 2.0, "threshold": 3.0 if "good" in image["file_name"] else 2.0}
+    write_json(tmp_path / "predictions" / "images.json", images)
+    found = overlay.Predictions(tmp_path / "predictions", 0.5)
+    known = [found.is_unknown(name, i) for i, (name, *_) in enumerate(IMAGES, start=1)]
+    assert [IMAGES[i][0] for i in np.flatnonzero(known)] == ["stain__a.png"]
+    plain = film(root, tmp_path / "a.mp4")
+    said = film(root, tmp_path / "b.mp4", predictions=tmp_path / "predictions")
+    changed = [np.abs(a[:40].astype(int) - b[:40]).max() > 60
+               for a, b in zip(plain, said, strict=True)]  # fmt: skip
+    assert [level_of(said[i]) for i in np.flatnonzero(changed)] == [180]
 
 
 def test_how_long_an_image_stays(root: Path, tmp_path: Path) -> None:

@@ -312,7 +312,10 @@ def _unknown(metrics: Metrics) -> Table:
         "gain": "gain at equal false alarms",
     }
     counts = unknown["images_per_class"]
-    images = {GOOD: ("false_alarm_rate",), "all defective": ("recall",)}
+    images: dict[str, tuple[str, ...]] = {
+        GOOD: ("false_alarm_rate",),
+        "all defective": ("recall",),
+    }
     images |= {c: ("recall_per_class", c) for c in metrics["classes"]}
     counts = {**counts, "all defective": unknown["images"] - counts[GOOD]}
     rows = []

@@ -81,11 +81,12 @@ def rates(
     unknown: Unknown, classes: Sequence[str], counts: np.ndarray
 ) -> dict[tuple[str, ...], np.ndarray]:
     """(resamples,) each rate by its keys under `unknown`, see pipeline/stages/evaluate.py."""
-    groups = {
+    groups: dict[tuple[str, ...], np.ndarray] = {
         ("false_alarm_rate",): unknown.labels == 0,
         ("recall",): unknown.labels > 0,
-        **{("recall_per_class", c): unknown.labels == k for k, c in enumerate(classes, start=1)},
     }
+    for k, name in enumerate(classes, start=1):
+        groups["recall_per_class", name] = unknown.labels == k
     found = {
         (system, *keys): _rate(called, images, counts)
         for system, called in unknown.called(counts).items()

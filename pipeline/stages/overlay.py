@@ -176,12 +176,16 @@ class HeatMaps:
         self._limits = heatmaps.scale(list(self._found.values()))
 
     def of(self, shot: Shot) -> heatmaps.Scored:
-        """That of an image. Raises `UserError` if there is none."""
+        """That of an image. Raises `UserError` if there is none, or of another image."""
         found = self._found.get(shot.image_id)
         if found is None:
             raise UserError(
                 f"--heat-maps: expected that of {shot.name} in {self._path}, found none"
             )
+        size = found.width, found.height  # of an image without truth it shows when it is read
+        if shot.sample is not None:
+            size = shot.sample.width, shot.sample.height
+        found.check("--heat-maps", shot.name, *size)
         return found
 
     def over(self, shot: Shot, image: np.ndarray) -> np.ndarray:
