@@ -17,7 +17,7 @@ import reported
 from pipeline import cli, record
 from pipeline.config import RunConfig, build
 from pipeline.data.coco import write_split
-from pipeline.data.files import read_json, sha256
+from pipeline.data.files import read_json, sha256, write_json
 
 
 @pytest.fixture(scope="module")
@@ -135,6 +135,42 @@ def test_heat_maps_of_other_images(root: Path, capsys: pytest.CaptureFixture[str
         f"--heat-maps: expected those of the shown images in {folder}, found none"
     ]
     assert not (root / "page").exists()
+
+
+@pytest.mark.parametrize("where", ["predictions", "run", "another run"])
+def test_anomaly_scores_of_the_predictions_or_of_the_run_that_was_evaluated(
+    root: Path, where: str
+) -> None:
+    folder = reported.write_heat_maps(root)
+    scored = read_json(folder / "scores.json")["images"][0]
+    images = read_json(root / "predictions" / "images.json")
+    write_json(
+        folder / "scores.json",
+        {"images": [{**scored, **i, "score": i["id"] / 2} for i in images["images"]]},
+    )
+    about = {"protocol": "dataset", "fold": None, "image": {"threshold": 7.5}}
+    write_json(folder / "metrics.json", about)
+    given = ["--data", root / "dataset", "--predictions", root / "predictions", "--resamples", 0]
+    given += ["--threshold", 0.5, "--force", "--out", root / "evaluation"]
+    if where == "predictions":
+        for image in images["images"]:
+            image["anomaly"] = {"score": image["id"] / 2, "threshold": 7.5}
+        write_json(root / "predictions" / "images.json", images)
+    else:
+        given += ["--anomaly", folder]
+    cli.main(["evaluate", *map(str, given)])
+    shown = [] if where == "predictions" else ["--heat-maps", str(folder)]
+    if where == "another run":
+        write_json(folder / "metrics.json", {**about, "fold": 1})
+    page = reported.report(root, root / "page", *shown) / "index.html"
+    found = {image["id"]: image["anomaly"] for image in data_of(page)["images"]}
+    known = where != "another run"
+    assert found == {
+        i["id"]: {"score": i["id"] / 2, "threshold": 7.5} if known else None
+        for i in images["images"]
+    }
+    assert ('<option value="unknown">' in page.read_text()) == known
+    assert "Images called defective" in page.read_text()
 
 
 def test_large_images_are_reduced(root: Path) -> None:

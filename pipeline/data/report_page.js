@@ -61,6 +61,9 @@ const thresholdOf = (image) => chosen ?? image.threshold;
 const topScore = (image) => image.predictions.length ? image.predictions[0].score : -Infinity;
 const isDefective = (image) => image.label >= 0;
 
+/** Whether no box counts on an image that the anomaly detector finds anomalous. */
+const isUnknown = (image) => !!image.anomaly && image.anomaly.score >= image.anomaly.threshold && topScore(image) < thresholdOf(image);
+
 function verdictAt(image, threshold) {
   let verdict = image.verdicts[0][1];
   for (const [score, from] of image.verdicts.slice(1)) if (score >= threshold) verdict = from;
@@ -471,6 +474,7 @@ function fillCard(card) {
   const numbers = [];
   if (image.predictions.length) numbers.push(topScore(image).toFixed(2));
   if (qualities.length) numbers.push(`q ${Math.min(...qualities).toFixed(2)}`);
+  if (isUnknown(image)) numbers.push('anomalous');
   showVerdict(button, verdict);
   text.replaceChildren(element('span', {className: 'name', title: image.name}, image.name), element('span', {className: 'badge'}, verdict), element('span', {className: 'faint'}, numbers.join('  ')));
   if (reviews.has(image.id)) text.append(element('span', {className: 'done'}, '✓ judged'));
@@ -506,7 +510,9 @@ function passes(image) {
     if (!(wanted < 0 ? !present.length : present.includes(wanted))) return false;
   }
   if (value('by-part') && image.part !== value('by-part')) return false;
-  if (value('by-verdict')) {
+  if (value('by-verdict') === 'unknown') {
+    if (!isUnknown(image)) return false;
+  } else if (value('by-verdict')) {
     const verdict = verdictAt(image, at);
     if (value('by-verdict') === 'errors' ? !ERRORS.includes(verdict) : verdict !== value('by-verdict')) return false;
   }
@@ -678,7 +684,7 @@ function refreshViewer() {
   pick('viewer-verdict').textContent = verdict;
   showVerdict(pick('viewer-verdict'), verdict);
   const at = shown.indexOf(image);
-  pick('viewer-place').textContent = `${at < 0 ? '–' : at + 1} of ${shown.length} · ${image.part}`;
+  pick('viewer-place').textContent = `${at < 0 ? '–' : at + 1} of ${shown.length} · ${image.part}${isUnknown(image) ? ' · anomalous, no known class' : ''}`;
   pick('previous').disabled = at === 0;
   pick('next').disabled = at === shown.length - 1;
   for (const button of viewer.querySelectorAll('[data-toggle]')) {

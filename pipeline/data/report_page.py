@@ -64,6 +64,7 @@ def render(page: Page) -> str:
         names=(GOOD, *page.classes),
         parts=parts,
         verdicts=list(VERDICT_COLOURS),
+        has_anomalies=any(image["anomaly"] for image in page.images),
         options={step.folder: _json(step.options, indent=2) for step in page.made.steps},
     )
 

@@ -150,9 +150,10 @@ class Predictions:
 
     def is_unknown(self, name: str, image_id: int) -> bool:
         """Whether an image is anomalous and shows no known class, as far as that is known."""
-        image = self._images[name] if self._images is not None else {}
-        its = image.get("anomaly")
-        return bool(its) and its["score"] >= its["threshold"] and not self.entries(name, image_id)
+        its = None if self._images is None else self._images[name].get("anomaly")
+        if its is None or its["score"] < its["threshold"]:
+            return False
+        return not self.entries(name, image_id)
 
     @property
     def cut(self) -> str:
@@ -467,9 +468,9 @@ def _film(
             for view, part in _parts(config, len(views), reel, time, stays):
                 if view not in drawn:
                     chosen = [panels[caption] for caption in views[view]]
-                    pictures = {} if hot is None else {len(chosen) - 1: hot}
+                    beside = {} if hot is None else {len(chosen) - 1: hot}
                     drawn[view] = drawers[view].draw(
-                        image, chosen, shot.name, shot.verdict, aside, details, pictures
+                        image, chosen, shot.name, shot.verdict, aside, details, beside
                     )
                 video.write(drawn[view], part)
             time += stays

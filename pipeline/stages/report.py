@@ -14,7 +14,7 @@ import base64
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,6 +32,7 @@ from pipeline.data.masks import iou
 from pipeline.data.matching import match, verdict
 from pipeline.data.predictions import (
     PREDICTIONS,
+    Anomaly,
     Predictions,
     from_coco_results,
     read_images,
@@ -94,7 +95,13 @@ def run(config: ReportConfig) -> None:
         classes=dataset.classes,
         figures=figures,
         identity=sha256(inputs.predictions / PREDICTIONS),
-        images=_entries(shown, predictions, pictures, _moments(inputs.video)),
+        images=_entries(
+            shown,
+            predictions,
+            pictures,
+            _moments(inputs.video),
+            _anomalies(config, inputs, predictions, heat_maps, figures),
+        ),
         plots=_plots(dataset.classes, figures, [s for s in shown if s.measured], predictions),
         video=_write_video(config, inputs.video),
         counts=_counts(dataset, figures["fold"]),
@@ -265,6 +272,7 @@ def _entries(
     predictions: Predictions,
     pictures: Sequence[Picture],
     moments: Mapping[str, float],
+    anomalies: Mapping[int, Anomaly],
 ) -> list[dict[str, Any]]:
     """Each image as the page has it. Boxes, scores and run lengths stay as they are on disk."""
     return [
@@ -280,10 +288,30 @@ def _entries(
             "picture": picture.image,
             "heat": picture.heat,
             "moment": moments.get(item.sample.path.name),
+            "anomaly": asdict(anomalies[item.sample.image_id])
+            if item.sample.image_id in anomalies
+            else None,
             **_instances(item.sample, predictions.results.get(item.sample.image_id, [])),
         }
         for item, picture in zip(shown, pictures, strict=True)
     ]
+
+
+def _anomalies(
+    config: ReportConfig,
+    inputs: Inputs,
+    predictions: Predictions,
+    heat_maps: Mapping[int, heatmaps.Scored],
+    figures: Mapping[str, Any],
+) -> Mapping[int, Anomaly]:
+    """What is known by image id: of the predictions, or of the run that was evaluated with them."""
+    evaluated = read_json(inputs.evaluation / "run.json")["inputs"].get("anomaly")
+    if predictions.anomaly or config.heat_maps is None or evaluated is None:
+        return predictions.anomaly
+    if record.fingerprint(config.heat_maps) != evaluated:
+        return {}
+    threshold = figures["unknown"]["threshold"]["value"]
+    return {image_id: Anomaly(its.score, threshold) for image_id, its in heat_maps.items()}
 
 
 def _instances(sample: Sample, results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
