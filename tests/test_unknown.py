@@ -108,15 +108,25 @@ def test_figures_of_a_case_worked_out_by_hand(
         "good", "crack", "unknown", "good", "unknown", "crack", "crack", "good", "unknown",
     ]  # fmt: skip
     report = (world.root / "out" / "report.md").read_text()
-    rows = [line.split(" | ") for line in report.splitlines() if line.count("|") == 8]
-    assert [row[0].strip("| ") for row in rows if row[0] != "| ---"] == [
-        "images", "good", "all defective", "crack", "hole (unseen)",
-    ]  # fmt: skip
-    assert [row[-1].strip("| ") for row in rows[2:]] == ["1", "2", "1", "1"]
-    assert rows[3][1].startswith("0.400 [") and rows[2][5] == "–"
-    assert "5.000 or more (the best F1 of images" in report and "): 3 images." in report
+    rows = [[cell.strip("| ") for cell in line.split(" | ")] for line in report.splitlines()]
+    table = rows[rows.index(["## Images called defective"]) + 2 :][:10]
+    assert table[0] == [
+        "images",
+        "boxes",
+        "boxes, lowered",
+        "anomaly score",
+        "both",
+        "gain",
+        "unknown",
+    ]
+    assert table[2] == ["good", "0.250", "0.500", "0.250", "0.500", "–", "1"]
+    assert table[4] == ["all defective", "0.400", "0.600", "0.600", "0.800", "0.200", "2"]
+    assert table[8] == ["hole (unseen)", "0.333", "0.667", "0.333", "0.667", "0.000", "1"]
+    assert table[5][0] == "95 % interval" and table[5][1].startswith("[0.")
+    assert "an anomaly score of 5.000 or more: the best F1 of images" in report
+    assert "run. 3 images are." in report
     assert "No training image shows hole:" in report
-    assert "anomalous, no known class" in capsys.readouterr().out
+    assert "all defective" in capsys.readouterr().out
 
 
 def test_the_detector_alone_is_given_as_many_false_alarms_in_every_resample(world: World) -> None:

@@ -92,21 +92,19 @@ class ReviewDrawer:
 
         `panels` holds the instances in the image's pixels and a label for each, panel by panel;
         `aside` stands at the right of the title bar. The small ones among the boxes `details`
-        (n, 4), in the image's pixels, are shown enlarged in every panel. `pictures` has, by the
-        panel's number, what is shown there in place of the image, in its size.
+        (n, 4), in the image's pixels, are shown enlarged in every panel of the image. `pictures`
+        has, by the panel's number, what is shown there in place of the image, in its size.
         """
         frame = self._template.copy()
         shown, scale, corner = self._fit(image)
         insets = [] if details is None else self._insets(details, image, shown, scale)
         for i, (x, (detections, labels)) in enumerate(zip(self._xs, panels, strict=True)):
-            own, fitted = image, shown
-            if pictures is not None and i in pictures:
-                own = pictures[i]
-                fitted = self._fit(own)[0]
             left, top = x + corner[0], self._y + corner[1]
-            place = frame[top : top + fitted.shape[0], left : left + fitted.shape[1]]
-            place[:] = fitted
-            self._annotate(place, own, scale, detections, labels, insets)
+            place = frame[top : top + shown.shape[0], left : left + shown.shape[1]]
+            other = None if pictures is None else pictures.get(i)
+            place[:] = shown if other is None else self._fit(other)[0]
+            enlarged = insets if other is None else []
+            self._annotate(place, image, scale, detections, labels, enlarged)
         self._draw_title(frame, title, verdict, aside)
         return frame
 

@@ -140,9 +140,11 @@ def notes(metrics: Metrics) -> list[str]:
         )
     if (unknown := metrics.get("unknown")) is not None:
         lines.append(
-            "An image is anomalous, no known class, if no box counts and it has "
-            f"{_line('anomaly score', unknown['threshold']['value'])} or more "
-            f"({unknown['threshold']['reason']}): {unknown['images']} images."
+            "An image is unknown, that is anomalous and of no known class, if no box counts and it "
+            f"has {_line('anomaly score', unknown['threshold']['value'])} or more: "
+            f"{unknown['threshold']['reason']}. {unknown['images']} images are. 'Boxes, lowered' "
+            "count from a score on that is as low as it may be without calling more good images "
+            "defective than both do; the gain is that of both over these."
         )
     if (cost := metrics.get("cost")) is not None:  # which older evaluations do not have
         lines.append(
@@ -306,29 +308,29 @@ def _unknown(metrics: Metrics) -> Table:
     unknown, unseen = metrics["unknown"], metrics["unseen_classes"]
     titles = {
         "detector": "boxes",
-        "detector_lowered": "boxes, at the false alarms of both",
+        "detector_lowered": "boxes, lowered",
         "anomaly": "anomaly score",
         "both": "both",
-        "gain": "gain at equal false alarms",
+        "gain": "gain",
     }
     counts = unknown["images_per_class"]
+    counts = {**counts, "all defective": unknown["images"] - counts[GOOD]}
     images: dict[str, tuple[str, ...]] = {
         GOOD: ("false_alarm_rate",),
         "all defective": ("recall",),
     }
-    images |= {c: ("recall_per_class", c) for c in metrics["classes"]}
-    counts = {**counts, "all defective": unknown["images"] - counts[GOOD]}
+    images |= {name: ("recall_per_class", name) for name in metrics["classes"]}
     rows = []
     for name, (group, *cls) in images.items():
-        row = [f"{name} (unseen)" if name in unseen else name]
-        for part in titles:
-            value = unknown[part].get(group)
-            value = value[name] if cls else value
-            interval = _interval(metrics, ".".join(("unknown", part, group, *cls)))
-            row.append(f"{_number(value)} {interval}".strip())
-        rows.append([*row, str(counts[name])])
-    header = ["images", *titles.values(), "anomalous, no known class"]
-    return Table("Images called defective", header, rows)
+        values = [unknown[part].get(group) for part in titles]
+        if cls:
+            values = [value[name] for value in values]
+        label = f"{name} (unseen)" if name in unseen else name
+        rows.append([label, *map(_number, values), str(counts[name])])
+        keys = [".".join(("unknown", part, group, *cls)) for part in titles]
+        if any(ranges := [_interval(metrics, key) for key in keys]):
+            rows.append(["95 % interval", *ranges, ""])
+    return Table("Images called defective", ["images", *titles.values(), "unknown"], rows)
 
 
 def _published(published: Mapping[str, Any]) -> Table:
@@ -349,7 +351,8 @@ def _number(value: float | None) -> str:
 
 
 def _line(what: str, value: float | None) -> str:
-    return f"the {what} of its fold" if value is None else f"a {what} of {value:.3f}"
+    article = "an" if what.startswith("a") else "a"
+    return f"the {what} of its fold" if value is None else f"{article} {what} of {value:.3f}"
 
 
 def _interval(metrics: Metrics, key: str) -> str:
