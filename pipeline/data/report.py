@@ -328,7 +328,8 @@ def _unknown(metrics: Metrics) -> Table:
         label = f"{name} (unseen)" if name in unseen else name
         rows.append([label, *map(_number, values), str(counts[name])])
         keys = [".".join(("unknown", part, group, *cls)) for part in titles]
-        if any(ranges := [_interval(metrics, key) for key in keys]):
+        ranges = [_interval(metrics, key) for key in keys]
+        if any(ranges) and (not cls or name in unseen):  # those of all would make a long table
             rows.append(["95 % interval", *ranges, ""])
     return Table("Images called defective", ["images", *titles.values(), "unknown"], rows)
 

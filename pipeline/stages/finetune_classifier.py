@@ -28,7 +28,7 @@ from torchvision.transforms import v2
 from pipeline import record
 from pipeline.config import FinetuneClassifierConfig
 from pipeline.data import loggers
-from pipeline.data.dataset import GOOD, Dataset, Sample
+from pipeline.data.dataset import GOOD, Dataset, Sample, learned_classes
 from pipeline.data.decision import confusion_matrix, decision_scores
 from pipeline.data.files import write_json
 from pipeline.data.loggers import Log
@@ -58,6 +58,9 @@ def run(config: FinetuneClassifierConfig) -> None:
         raise UserError(
             *(f"--data: expected images in {config.data}'s {n} split, found none" for n in empty)
         )
+    learned = learned_classes(samples["train"], dataset.classes)
+    if unseen := [name for name in dataset.classes if name not in learned]:
+        print(f"not learned, for the training images show none: {', '.join(unseen)}")
     last = config.out / "last.pt"
     if config.resume and not last.is_file():
         raise UserError(f"--resume: expected a checkpoint at {last}, found none")
