@@ -16,7 +16,7 @@ import reported
 from rectangles import CLASSES
 
 from pipeline.data.costs import cheapest_threshold
-from pipeline.data.files import read_json
+from pipeline.data.files import read_json, write_json
 from pipeline.data.masks import decode_rle
 
 PAGE = 60_000  # ms that anything may take on a machine that is busy with trainings
@@ -348,6 +348,30 @@ def test_heat_maps_are_there_where_they_are_known(browser: Any, root: Path, tmp_
         expect(button).to_be_hidden()
         page.keyboard.press("h")
         expect(heat).to_be_hidden()
+
+
+def test_anomalous_images_are_those_without_a_box_that_counts(
+    browser: Any, root: Path, tmp_path: Path
+) -> None:
+    """All are anomalous: whether one is of no known class depends on the threshold of the boxes."""
+    for part in ("dataset", "predictions"):
+        shutil.copytree(root / part, tmp_path / part)
+    images = read_json(tmp_path / "predictions" / "images.json")
+    for image in images["images"]:
+        image["anomaly"] = {"score": 2.0, "threshold": 1.0}
+    write_json(tmp_path / "predictions" / "images.json", images)
+    reported.evaluate(tmp_path, tmp_path / "evaluation", 0.5)
+    out = reported.report(tmp_path, tmp_path / "page")
+    for page in open_page(browser, out / "index.html"):
+        page.select_option("#by-verdict", "unknown")
+        assert sorted(names(page)) == [
+            "good__011.png", "good__012.png", "good__013.png", "scratch__006.png", "stain__014.png",
+        ]  # fmt: skip
+        open_image(page, "stain__014.png")
+        expect(page.locator("#viewer-place")).to_contain_text("anomalous, no known class")
+        page.keyboard.press("Escape")
+        page.fill("#slider", "0.4")
+        assert sorted(names(page)) == ["good__011.png", "good__012.png", "stain__014.png"]
 
 
 def test_from_an_image_to_its_moment_in_the_video(page: Any, root: Path) -> None:

@@ -107,6 +107,11 @@ def test_figures_of_a_case_worked_out_by_hand(
     assert decisions == [
         "good", "crack", "unknown", "good", "unknown", "crack", "crack", "good", "unknown",
     ]  # fmt: skip
+    errors = (world.root / "out" / "errors" / "index.html").read_text().split("<article>")[1:]
+    said = [error for error in errors if "· the image is anomalous, no known class</p>" in error]
+    assert len(said) == 2 and {"hole__009.png", "crack__005.png"} == {
+        name for name in ("hole__009.png", "crack__005.png") for error in said if name in error
+    }
     report = (world.root / "out" / "report.md").read_text()
     rows = [[cell.strip("| ") for cell in line.split(" | ")] for line in report.splitlines()]
     table = rows[rows.index(["## Images called defective"]) + 2 :][:9]

@@ -40,6 +40,7 @@ class Shot:
     seen: sv.Detections  # all predictions
     found: sv.Detections  # those from the threshold on
     errors: BoxErrors  # of `found`
+    unknown: bool = False  # an anomaly detector finds the image anomalous, and no box counts
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ def write(folder: Path, classes: Sequence[str], shots: Sequence[Shot]) -> None:
                 "class": classes[mistake.class_id],
                 "score": f"{mistake.score:.2f}",
                 "image": mistake.shot.sample.path.name,
+                "unknown": mistake.shot.unknown,
                 "truth": _true_classes(mistake.shot, classes),
                 "box": [round(float(v)) for v in mistake.box],
                 "pictures": _draw(work, number, mistake, drawer, classes),

@@ -588,16 +588,21 @@ def _plot(out: Path, measured: Measured, values: dict[str, Any]) -> None:
 def _write_errors(
     folder: Path, classes: Sequence[str], parts: Sequence[Part], measured: Measured
 ) -> None:
+    unknown = np.zeros(len(measured.images), bool)
+    if measured.unknown is not None:
+        unknown = measured.unknown.without_class
     shots = [
         error_page.Shot(
             sample,
             part.predictions.of(sample, masks=False),
             part.predictions.of(sample, part.threshold["value"], masks=False),
-            errors,
+            image.errors,
+            bool(anomalous),
         )
-        for (part, sample), errors in zip(
+        for (part, sample), image, anomalous in zip(
             [(part, sample) for part in parts for sample in part.samples],
-            [image.errors for image in measured.images],
+            measured.images,
+            unknown,
             strict=True,
         )
     ]
