@@ -371,6 +371,7 @@ def test_anomalous_images_are_those_without_a_box_that_counts(
         expect(page.locator("#viewer-place")).to_contain_text("anomalous, no known class")
         page.keyboard.press("Escape")
         page.fill("#slider", "0.4")
+        expect(page.locator("#count")).to_have_text("3 of 13 images")
         assert sorted(names(page)) == ["good__011.png", "good__012.png", "stain__014.png"]
 
 

@@ -143,7 +143,7 @@ def notes(metrics: Metrics) -> list[str]:
             "An image is unknown, that is anomalous and of no known class, if no box counts and it "
             f"has {_line('anomaly score', unknown['threshold']['value'])} or more: "
             f"{unknown['threshold']['reason']}. {unknown['images']} images are. 'Boxes, lowered' "
-            "count from a score on that is as low as it may be without calling more good images "
+            "count above a score that is as low as it may be without calling more good images "
             "defective than both do; the gain is that of both over these."
         )
     if (cost := metrics.get("cost")) is not None:  # which older evaluations do not have
