@@ -143,7 +143,7 @@ def test_a_class_is_left_out_of_all_but_the_test(
     assert row["named_unknown"] == unseen.count("unknown")
     false_alarms = sum(decision != "good" for decision in good) / len(good)
     assert systems["both"]["false_alarm_rate"] == false_alarms
-    assert systems["detector_lowered"]["false_alarm_rate"] <= false_alarms
+    assert systems["detector_lowered"]["false_alarm_rate"] == pytest.approx(false_alarms)
     assert row["training_minutes"] is not None
     assert results["command"].endswith("--mvtec-root datasets/mvtec_ad --classes stain")
     assert cv2.imread(str(work / "results.png")) is not None
@@ -166,8 +166,10 @@ def test_rows_are_added_and_what_is_done_stays(
     for name in SYSTEMS:
         each = [added["summary"][cls]["systems"][name] for cls in CLASSES]
         every = added["all"]["systems"][name]
-        assert every["found"] == sum(its["found"] for its in each)
-        assert every["images"] == 8 and every["recall"] == every["found"] / 8
+        assert every["found"] == pytest.approx(sum(its["found"] for its in each))
+        assert every["images"] == 8 and every["recall"] == pytest.approx(
+            every["found"] / 8, abs=1e-4
+        )
         rates = [its["false_alarm_rate"] for its in each]
         assert every["false_alarm_rate"] == pytest.approx(sum(rates) / 2)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 from pydantic import ValidationError
 from test_evaluate import BOX, SIDE, World, edit, evaluate, in_folds, predict_folds
 
+from pipeline.data import unknown as unknowns
 from pipeline.data.files import read_json, write_json
 from pipeline.errors import UserError
 
@@ -88,6 +90,7 @@ def test_figures_of_a_case_worked_out_by_hand(
             values, abs=1e-6
         ), name
     assert unknown["detector_lowered"]["above_score"] == 0.2
+    assert unknown["detector_lowered"]["share_at_score"] == 0
     assert unknown["gain"] == {"recall": 0.2, "recall_per_class": {"crack": 0.5, "hole": 0.0}}
 
     # All that is of boxes stays as it was; the second class is known to be unseen either way.
@@ -135,42 +138,56 @@ def test_figures_of_a_case_worked_out_by_hand(
     assert "Images called defective" in capsys.readouterr().out
 
 
-def test_the_detector_alone_is_given_as_many_false_alarms_in_every_resample(world: World) -> None:
-    """Against a search over all thresholds, resample by resample."""
-    from pipeline.data import unknown
+def hits_at(alarms: float, points: list[tuple[float, float]]) -> float:
+    """The hits of a ROC curve, from its corners (false alarms, hits), at a number of alarms."""
+    for (x0, y0), (x1, y1) in pairwise(points):
+        if x0 <= alarms < x1:
+            return y0 + (y1 - y0) * (alarms - x0) / (x1 - x0)
+    return points[-1][1]
 
+
+def test_the_detector_alone_is_given_the_same_false_alarms_in_every_resample() -> None:
+    """Against ROC curves drawn threshold by threshold, in each resample and part."""
     rng = np.random.default_rng(0)
-    both = unknown.Unknown(
+    both = unknowns.Unknown(
         labels=rng.integers(0, 3, 60),
         part=np.repeat([0, 1], 30),
         box_score=np.where(rng.random(60) < 0.2, -np.inf, rng.integers(0, 10, 60) / 10),
         box_threshold=np.repeat([0.6, 0.8], 30),
         anomaly_score=rng.random(60),
-        anomaly_threshold=np.full(60, 0.9),
+        anomaly_threshold=np.repeat([0.3, 0.9], 30),  # in the first part, even boxes are too few
         reason="",
     )
-    counts = rng.multinomial(60, np.full(60, 1 / 60), size=20)
-    found = unknown.rates(both, CLASSES, counts)
+    counts = rng.multinomial(60, np.full(60, 1 / 60), size=30)
+    found = unknowns.rates(both, CLASSES, counts)
+    good, defective = both.labels == 0, both.labels > 0
     for r, drawn in enumerate(counts):
-        called = np.zeros(60, bool)
+        hits = 0.0
         for part in (0, 1):
-            own = both.part == part
-            good = own & (both.labels == 0)
-            most = (drawn * (both.by_boxes | both.by_anomaly))[good].sum()
-            for threshold in sorted({*both.box_score[own], 1.0}, reverse=True):
-                above = own & (both.box_score >= threshold) & np.isfinite(both.box_score)
-                if (drawn * above)[good].sum() > most:
-                    break
-                best = above
-            called |= best
-        for keys, images in (
-            (("recall",), both.labels > 0),
-            (("false_alarm_rate",), both.labels == 0),
-        ):
-            expected = (drawn * called)[images].sum() / drawn[images].sum()
-            assert found["detector_lowered", *keys][r] == pytest.approx(expected)
-        alarms = [found[name, "false_alarm_rate"][r] for name in ("detector_lowered", "both")]
-        assert alarms[0] <= alarms[1]
+            weights = drawn * (both.part == part)
+            corners = [(0.0, 0.0)]
+            for threshold in sorted({*both.box_score}, reverse=True):
+                called = weights * (both.box_score >= threshold)
+                corners.append((called[good].sum(), called[defective].sum()))
+            alarms = (weights * (both.by_boxes | both.by_anomaly))[good].sum()
+            hits += hits_at(alarms, corners)
+        recall = found["detector_lowered", "recall"][r]
+        assert recall == pytest.approx(hits / drawn[defective].sum())
+        assert found["detector_lowered", "false_alarm_rate"][r] == pytest.approx(
+            found["both", "false_alarm_rate"][r]
+        )
+
+
+def test_without_good_images_there_is_no_rate_to_equal(tmp_path: Path) -> None:
+    world = World(tmp_path, CLASSES)
+    world.add("test", (1, BOX))
+    world.add("test", (2, BOX))
+    found = world.predict("found", (1, 1, BOX, 0.9))
+    run = score(world, "anomaly", {1: 1.0, 2: 6.0})
+    unknown = evaluate(world.write(), found, anomaly=run, resamples=20)["unknown"]
+    assert (unknown["detector"]["recall"], unknown["both"]["recall"]) == (0.5, 1.0)
+    assert unknown["both"]["false_alarm_rate"] is None
+    assert unknown["detector_lowered"]["recall"] is unknown["gain"]["recall"] is None
 
 
 def test_scores_that_the_predictions_have(world: World) -> None:

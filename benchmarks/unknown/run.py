@@ -11,6 +11,7 @@ where everything finished is kept: a benchmark that is called again goes on wher
 from __future__ import annotations
 
 import argparse
+import math
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,6 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 from rich.table import Table
-from scipy.stats import binomtest
 
 from benchmarks import common
 from pipeline import config
@@ -158,7 +158,7 @@ def summarise(row: Row) -> dict[str, Any]:
             name: {
                 "false_alarm_rate": unknown[name]["false_alarm_rate"],
                 **part(
-                    round(unknown[name]["recall_per_class"][row.unseen] * images[row.unseen]),
+                    round(unknown[name]["recall_per_class"][row.unseen] * images[row.unseen], 4),
                     images[row.unseen],
                 ),
             }
@@ -175,14 +175,20 @@ def summarise(row: Row) -> dict[str, Any]:
     }
 
 
-def part(found: int, images: int) -> dict[str, Any]:
-    """A recall of images and its 95 % Wilson interval, which is also one for none and for all."""
-    bounds = binomtest(found, images).proportion_ci(method="wilson")
+def part(found: float, images: int) -> dict[str, Any]:
+    """A recall of images and its 95 % interval, which is also one where none or all are found.
+
+    It is Wilson's (Journal of the American Statistical Association 22, 1927).
+    """
+    z, recall = 1.959964, found / images
+    middle = recall + z**2 / (2 * images)
+    half = z * math.sqrt(recall * (1 - recall) / images + (z / (2 * images)) ** 2)
+    bounds = [(middle + side * half) / (1 + z**2 / images) for side in (-1, 1)]
     return {
-        "found": found,
+        "found": round(found, 4),
         "images": images,
-        "recall": round(found / images, 4),
-        "interval": [round(float(bounds.low), 4), round(float(bounds.high), 4)],
+        "recall": round(recall, 4),
+        "interval": [round(min(max(bound, 0.0), 1.0), 4) for bound in bounds],
     }
 
 
@@ -220,7 +226,7 @@ def show(lines: Mapping[str, Mapping[str, Any]]) -> None:
         table.add_column(title.replace("_", " "), justify="right")
     for unseen, row in lines.items():
         cells = [
-            f"{its['found']} of {its['images']} ({its['false_alarm_rate']:.3f})"
+            f"{its['found']:.3g} of {its['images']} ({its['false_alarm_rate']:.3f})"
             for its in row["systems"].values()
         ]
         table.add_row(unseen, *cells, str(row["named_unknown"]))

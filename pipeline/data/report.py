@@ -143,8 +143,8 @@ def notes(metrics: Metrics) -> list[str]:
             "An image is unknown, that is anomalous and of no known class, if no box counts and it "
             f"has {_line('anomaly score', unknown['threshold']['value'])} or more: "
             f"{unknown['threshold']['reason']}. {unknown['images']} images are. 'Boxes, lowered' "
-            "count above a score that is as low as it may be without calling more good images "
-            "defective than both do; the gain is that of both over these."
+            "count above another score, at which they call as many good images defective as both "
+            "do; the gain is that of both over these."
         )
     if (cost := metrics.get("cost")) is not None:  # which older evaluations do not have
         lines.append(

@@ -8,7 +8,9 @@ threshold or above. It is 'anomalous, no known class' if the second alone calls 
 Two detectors together call more images defective than one, also good ones. What the second is worth
 is therefore seen against the first with a lower score threshold: that at which it calls just as
 many good images defective as both do together. That threshold is chosen on the measured good images
-themselves, part by part where several models measure, which is to its advantage.
+themselves, part by part where several models measure, which is to its advantage. Of images with
+equal scores, such as all those without a box, that part counts as called defective that makes the
+rates equal: the mean over all choices of images by chance, as ROC curves have it.
 
 Rates come with resamples: `counts` is (resamples, images), see pipeline/data/metrics.py.
 """
@@ -53,25 +55,36 @@ class Unknown:
         """Which images are anomalous, of no known class."""
         return self.by_anomaly & ~self.by_boxes
 
-    def lowered(self, counts: np.ndarray) -> np.ndarray:
-        """(resamples, images) the score above which a box counts for `detector_lowered`.
+    def lowered(self, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The score above which a box counts for `detector_lowered`, both (resamples, images).
 
-        It is -inf where all boxes may count.
+        And the part that counts of the images with this very score, NaN without good images. A
+        score of -inf is that of images without a box.
         """
-        above = np.empty(counts.shape)
+        above, share = np.empty(counts.shape), np.empty(counts.shape)
+        both = self.by_boxes | self.by_anomaly
         for part in np.unique(self.part):
             own = self.part == part
-            drawn, good = counts[:, own], self.labels[own] == 0
-            scores = self.box_score[own][good]
-            allowed = drawn[:, good] @ (self.by_boxes | self.by_anomaly)[own][good]
-            above[:, own] = metrics.score_above(scores, drawn[:, good], allowed)[:, None]
-        return above
+            good = own & (self.labels == 0)
+            drawn, scores = counts[:, good], self.box_score[good]
+            allowed = drawn @ both[good]
+            limit = metrics.score_above(scores, drawn, allowed)[:, None]
+            tied = (drawn * (scores == limit)).sum(axis=1)
+            left = allowed - (drawn * (scores > limit)).sum(axis=1)
+            rest = np.divide(left, tied, out=np.ones(len(counts)), where=tied > 0)
+            rest[drawn.sum(axis=1) == 0] = np.nan  # without good images there is no rate to equal
+            above[:, own], share[:, own] = limit, rest[:, None]
+        return above, share
 
     def called(self, counts: np.ndarray) -> dict[str, np.ndarray]:
-        """(resamples or 1, images) which images each of `SYSTEMS` calls defective."""
+        """(resamples or 1, images) what part of an image each of `SYSTEMS` calls defective.
+
+        It is 0 or 1, but for images at the limit of `lowered`.
+        """
+        above, share = self.lowered(counts)
         return {
             "detector": self.by_boxes[None],
-            "detector_lowered": self.box_score > self.lowered(counts),
+            "detector_lowered": (self.box_score > above) + share * (self.box_score == above),
             "anomaly": self.by_anomaly[None],
             "both": (self.by_boxes | self.by_anomaly)[None],
         }
@@ -114,7 +127,8 @@ def figures(unknown: Unknown, classes: Sequence[str]) -> dict[str, Any]:
         for group in groups:
             place = place.setdefault(group, {})
         place[last] = None if np.isnan(values[0]) else round(float(values[0]), 6)
-    found["detector_lowered"]["above_score"] = single(unknown.lowered(every))
+    above, share = unknown.lowered(every)
+    found["detector_lowered"] |= {"above_score": single(above), "share_at_score": single(share)}
     return found
 
 

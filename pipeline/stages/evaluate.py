@@ -67,8 +67,11 @@ most frequent class, which is named in `.class`).
             defective ones, and of those of a class that are called defective, whatever the class
             that is named; <s>: `detector` (any box from its threshold on), `anomaly` (a score from
             its threshold on), `both` (either), and `detector_lowered` (any box above another score,
-            such that it calls no more good images defective than `both`)
-        .detector_lowered.above_score  that score; null: all boxes count, or each fold has its own
+            such that its false-alarm rate is that of `both`)
+        .detector_lowered.above_score  that score; null: images without any box are called
+            defective as well, or each fold has its own
+        .detector_lowered.share_at_score  part that counts of the images with just that score, or
+            of those without a box, see there; null where each fold has its own
         .gain.recall, .recall_per_class.<c>  `both` less `detector_lowered`
     intervals.<dotted key>             [low, high], 95 %; only of figures that are defined
     resamples, published
