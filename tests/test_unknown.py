@@ -251,6 +251,18 @@ def test_each_fold_has_its_own_run(tmp_path: Path) -> None:
             {"metrics": lambda c: c["image"].update(threshold=None)},
             r"--anomaly: expected a threshold in .*metrics.json, found none.*--anomaly-threshold",
         ),
+        (
+            {"scores": lambda c: c["images"][0].update(score="high")},
+            "expected scores of `pipeline detect-anomaly`",
+        ),
+        (
+            {"metrics": lambda c: c["image"].update(threshold="high")},
+            "metrics.json: expected a number as threshold, found 'high'",
+        ),
+        (
+            {"metrics": lambda c: c.update(image=[])},
+            "expected figures of `pipeline detect-anomaly`",
+        ),
         ({"metrics": lambda c: c.pop("protocol")}, "expected figures of `pipeline detect-anomaly`"),
         (
             {"images": lambda c: c["images"][0].update(anomaly={"score": 1})},

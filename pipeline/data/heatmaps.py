@@ -127,7 +127,8 @@ def read_metrics(folder: Path) -> dict[str, Any]:
     """The figures of `pipeline detect-anomaly`. Raises `UserError` when they are not there."""
     path = folder / METRICS
     content = read_json(path)
-    if not (isinstance(content, dict) and content.keys() >= {"protocol", "fold", "image"}):
+    known = isinstance(content, dict) and content.keys() >= {"protocol", "fold", "image"}
+    if not known or not isinstance(content["image"], dict):
         raise UserError(f"{path}: expected figures of `pipeline detect-anomaly`, found other JSON")
     return content
 
@@ -140,11 +141,15 @@ def read_threshold(folder: Path) -> float:
             f"--anomaly: expected a threshold in {folder / METRICS}, found none, for there was no "
             "val split with defects to choose it on; give one (--anomaly-threshold)"
         )
+    if not isinstance(threshold, int | float):
+        raise UserError(f"{folder / METRICS}: expected a number as threshold, found {threshold!r}")
     return float(threshold)
 
 
 def _is_entry(value: object) -> bool:
     if not (isinstance(value, dict) and value.keys() >= _KEYS):
+        return False
+    if not isinstance(value["score"], int | float):
         return False
     return isinstance(value["heat_map"], dict) and value["heat_map"].keys() >= _HEAT_MAP_KEYS
 
