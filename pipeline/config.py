@@ -504,15 +504,26 @@ class ImportConfig(StageConfig):
 
 
 class EvaluateConfig(LoggedConfig):
-    """Measure boxes, masks and the image decision, beside the classifier baseline."""
+    """Measure boxes, masks and the image decision, or make one table of runs of any kind."""
 
-    inputs: ClassVar[tuple[str, ...]] = (
-        "data", "predictions", "truth_boxes", "classifiers", "anomaly",
+    positional: ClassVar[tuple[str, ...]] = ("runs",)
+    of_predictions: ClassVar[tuple[str, ...]] = (
+        "predictions", "truth_boxes", "classifiers", "anomaly", "anomaly_threshold", "threshold",
+        "cost", "review_below",
     )  # fmt: skip
+    inputs: ClassVar[tuple[str, ...]] = (
+        "data", "predictions", "truth_boxes", "classifiers", "anomaly", "runs",
+    )  # fmt: skip
+    runs: tuple[Path, ...] = Field(
+        (),
+        description="output folders of detect-anomaly, finetune-classifier, finetune-head and "
+        "segment to compare, in place of --predictions",
+    )
     data: Path = Field(description="dataset folder written by `pipeline convert`")
-    predictions: Path = Field(
+    predictions: Path | None = Field(
+        None,
         description="output folder of `pipeline segment`; with --fold all, '{fold}' in a path is "
-        "the number of the fold"
+        "the number of the fold",
     )
     truth_boxes: Path | None = Field(
         None, description="output folder of `pipeline segment --boxes truth`: the upper bound"
@@ -567,13 +578,24 @@ class EvaluateConfig(LoggedConfig):
         return self
 
     @model_validator(mode="after")
+    def _check_runs(self) -> EvaluateConfig:
+        given = (name for name in self.of_predictions if getattr(self, name) not in (None, ()))
+        if self.runs and (name := next(given, None)):
+            raise ValueError(
+                f"{flag_of(EvaluateConfig, name)}: expected none beside runs to compare, "
+                f"found {getattr(self, name)}"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _check_folds(self) -> EvaluateConfig:
         if self.fold != "all":
             return self
         _check_split_of_all(self.split)
         folders = {"predictions": self.predictions, "truth_boxes": self.truth_boxes}
         folders |= {"anomaly": self.anomaly}
-        folders |= {"classifiers": next((c for c in self.classifiers if FOLD not in str(c)), None)}
+        for name in ("classifiers", "runs"):
+            folders[name] = next((p for p in getattr(self, name) if FOLD not in str(p)), None)
         for name, folder in folders.items():
             if folder is not None and FOLD not in str(folder):
                 flag = flag_of(EvaluateConfig, name)

@@ -3,7 +3,9 @@
 Every stage writes `config.yaml` and `begun.json` into its output folder when it begins. At its
 end `run.json` takes the place of `begun.json`, so a folder that has it is complete. A result that
 is one file, such as `review.mp4`, has one beside it, `review.mp4.json`, with the options as well.
-`pipeline run` adds the seconds that a stage took.
+
+`seconds` in a record is how long the stage took, from `write_config` on (in all, where it was part
+of a run); null for a training that was interrupted, since nobody knows.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import json
 import platform
 import shlex
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +55,8 @@ def write_config(out: Path, command: str, config: StageConfig | RunConfig) -> No
     """Write the resolved configuration and, for `can_resume`, what the result will depend on."""
     _write_options(out, command, config)
     if isinstance(config, StageConfig):
-        write_json(out / "begun.json", {"signature": signature(command, config)})
+        begun = {"signature": signature(command, config), "started": time.time()}
+        write_json(out / "begun.json", begun)
 
 
 def _write_options(out: Path, command: str, config: StageConfig | RunConfig) -> None:
@@ -91,11 +95,20 @@ def write_record(out: Path, command: str, config: StageConfig, **more: Any) -> N
             "signature": _sign(command, config, inputs),
             "inputs": inputs,
             **versions(),
+            "seconds": _seconds_since_begun(out, config),
             **more,
         },
     )
     if record.parent == out:
         (out / "begun.json").unlink(missing_ok=True)
+
+
+def _seconds_since_begun(out: Path, config: StageConfig) -> float | None:
+    """How long ago `write_config` was; None without it, and for what was interrupted since."""
+    path = out / "begun.json"
+    if getattr(config, "resume", False) or not path.is_file():
+        return None
+    return round(time.time() - float(read_json(path)["started"]), 1)
 
 
 def write_seconds(out: Path, seconds: float | None) -> None:

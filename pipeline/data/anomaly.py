@@ -1,14 +1,18 @@
 """Figures of anomaly scores: of images, and of the pixels of heat maps.
 
 A score is higher the less an image, or a pixel, is like a good one. A figure that the data do not
-define, such as the AUROC without defects, is NaN.
+define, such as the AUROC without defects, is NaN, and None where figures are made for JSON.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 from sklearn.metrics import auc, average_precision_score, roc_auc_score
 
+from pipeline.data import metrics
 from pipeline.data.masks import components
 
 BINS = 2**16
@@ -25,6 +29,50 @@ def image_auroc(scores: np.ndarray, defective: np.ndarray) -> float:
 def image_average_precision(scores: np.ndarray, defective: np.ndarray) -> float:
     """Average precision, without interpolation; arguments as of `image_auroc`."""
     return float(average_precision_score(defective, scores)) if defective.any() else float("nan")
+
+
+def resampled_image_auroc(
+    scores: np.ndarray, defective: np.ndarray, counts: np.ndarray
+) -> np.ndarray:
+    """(resamples,) AUROC of resamples, whose rows of `counts` say how often each image is drawn.
+
+    It is the part of the pairs of a defective and a good image of which the defective one scores
+    higher, ties for half (Hanley & McNeil, Radiology 143, 1982). NaN where one kind is not drawn.
+    """
+    bad, good = scores[defective][:, None], scores[~defective][None, :]
+    wins = (bad > good) + 0.5 * (bad == good)
+    drawn_bad, drawn_good = counts[:, defective], counts[:, ~defective]
+    won = ((drawn_bad @ wins) * drawn_good).sum(axis=1)
+    pairs = drawn_bad.sum(axis=1) * drawn_good.sum(axis=1)
+    return np.divide(won, pairs, out=np.full(len(counts), np.nan), where=pairs > 0)
+
+
+def image_figures(
+    scores: Mapping[str, np.ndarray], defective: Mapping[str, np.ndarray]
+) -> dict[str, float | None]:
+    """Figures of the images of `test`, with the threshold of the best F1 on those of `val`.
+
+    Arguments are (images,) of each of these splits. `recall` and `false_alarm_rate` are the parts
+    of the defective and of the good images that score at least the threshold.
+    """
+    best = metrics.best_threshold(scores["val"], defective["val"], int(defective["val"].sum()))
+    found = scores["test"] >= best[0] if best else np.full(len(scores["test"]), np.nan)
+    return {
+        "auroc": number(image_auroc(scores["test"], defective["test"])),
+        "average_precision": number(image_average_precision(scores["test"], defective["test"])),
+        "threshold": number(best[0]) if best else None,
+        "recall": _part(found[defective["test"]]),
+        "false_alarm_rate": _part(found[~defective["test"]]),
+    }
+
+
+def _part(found: np.ndarray) -> float | None:
+    return number(found.mean()) if len(found) else None
+
+
+def number(value: Any) -> float | None:
+    """A figure as JSON has it: six decimals, None for NaN."""
+    return None if np.isnan(value) else round(float(value), 6)
 
 
 class PixelScores:
@@ -81,6 +129,17 @@ class PixelScores:
         found, wrong = _from_above(self._defect), _from_above(self._good)
         best = BINS - 1 - int(np.argmax(found / (self._defect.sum() + wrong)))
         return self._low + (best - 0.5) * self._step
+
+
+def pixel_figures(pixels: Mapping[str, PixelScores]) -> dict[str, float | None]:
+    """Figures of the pixels of `test`, with the threshold of the best IoU on those of `val`."""
+    threshold = pixels["val"].best_threshold()
+    return {
+        "auroc": number(pixels["test"].auroc()),
+        "pro": number(pixels["test"].pro()),
+        "threshold": number(threshold),
+        "iou": None if np.isnan(threshold) else number(pixels["test"].iou(threshold)),
+    }
 
 
 def _from_above(counts: np.ndarray) -> np.ndarray:

@@ -66,6 +66,12 @@ class Sample:
             mask=np.stack([decode_rle(rle) for rle in masks]) if complete else None,
         )
 
+    def defect(self) -> np.ndarray:
+        """(height, width) bool: the pixels of all true masks together."""
+        if self.truth.mask is None:
+            return np.zeros((self.height, self.width), bool)
+        return np.asarray(np.asarray(self.truth.mask).any(axis=0))
+
     @property
     def label(self) -> int:
         """Class index of the image: its annotations' class (the largest one's), or -1 for good."""

@@ -5,11 +5,56 @@ Classes are numbered with `good` as 0 and the defect classes after it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
+from pipeline.data.dataset import GOOD, Sample
+from pipeline.data.files import read_json
 from pipeline.data.metrics import nanmean
+from pipeline.data.predictions import PREDICTIONS
+from pipeline.errors import UserError
+
+
+@dataclass(frozen=True)
+class Probabilities:
+    """What a classifier says: predictions.json of `pipeline finetune-classifier`."""
+
+    name: str
+    of_image: dict[int, np.ndarray]  # (1 + classes,) by image id; good first
+    seconds_per_image: float | None  # with reading the image; None: not known
+
+    def decisions(self, samples: Sequence[Sample]) -> np.ndarray:
+        """(images,) the most probable class."""
+        return np.array([int(np.argmax(self.of_image[s.image_id])) for s in samples], int)
+
+
+def read_probabilities(
+    folder: Path, classes: Sequence[str], samples: Sequence[Sample]
+) -> Probabilities:
+    """Read a classifier's output folder. Raises `UserError` when it is not of these images."""
+    path = folder / PREDICTIONS
+    found = read_json(path)
+    if not isinstance(found, dict) or not {"name", "classes", "images"} <= found.keys():
+        raise UserError(f"{path}: expected predictions of a classifier, found other JSON")
+    ours = [GOOD, *classes]
+    if sorted(found["classes"]) != sorted(ours):
+        raise UserError(f"{path}: expected the classes {ours}, found {found['classes']}")
+    missing = [s.path.name for s in samples if str(s.image_id) not in found["images"]]
+    if missing:
+        raise UserError(
+            *(f"{path}: expected probabilities of {name}, found none" for name in missing)
+        )
+    lengths = {len(row) for row in found["images"].values()}
+    if lengths != {len(ours)}:
+        raise UserError(
+            f"{path}: expected {len(ours)} probabilities per image, found {sorted(lengths)}"
+        )
+    order = [found["classes"].index(name) for name in ours]
+    of_image = {int(key): np.array(row)[order] for key, row in found["images"].items()}
+    return Probabilities(found["name"], of_image, found.get("seconds_per_image"))
 
 
 def confusion_matrix(

@@ -17,11 +17,13 @@ from pipeline.data import metrics, unknown
 from pipeline.data.box_errors import KINDS
 from pipeline.data.dataset import GOOD, Sample
 from pipeline.data.decision import confusion_matrix, decision_scores
-from pipeline.data.matching import VERDICTS
+from pipeline.data.matching import VERDICTS, match
 from pipeline.data.metrics import Finds, ImageResult
+from pipeline.data.predictions import Predictions
 from pipeline.data.quality import Judged
 from pipeline.data.unknown import Unknown
 
+DEFAULT_THRESHOLD = 0.25  # score from which a box counts, where none can be chosen
 FALSE_ALARM_RATE = 0.01  # false alarms per good image at which recall is given
 
 
@@ -70,6 +72,24 @@ class Measured:
     def instance_classes(self) -> np.ndarray:
         """(true instances,) class index, in the order of the images."""
         return np.array([a["category_id"] - 1 for s in self.samples for a in s.annotations], int)
+
+
+def best_threshold(
+    samples: Sequence[Sample], predictions: Predictions
+) -> tuple[float, float] | None:
+    """The score from which boxes have the best F1 of instances at IoU 0.5, and that F1.
+
+    None if no instance is found at any score.
+    """
+    scores: list[float] = []
+    hit: list[bool] = []
+    for sample in samples:
+        found = {p for _, p in match(sample.truth, predictions.of(sample, masks=False))}
+        entries = predictions.results.get(sample.image_id, [])
+        scores += [entry["score"] for entry in entries]
+        hit += [p in found for p in range(len(entries))]
+    truths = sum(len(sample.annotations) for sample in samples)
+    return metrics.best_threshold(np.array(scores), np.array(hit, bool), truths)
 
 
 def figures(measured: Measured) -> dict[str, Any]:

@@ -146,9 +146,9 @@ def check_masks(
 
 
 def mismatches(
-    folder: Path, images: Iterable[Mapping[str, Any]], samples: Iterable[Sample]
+    path: Path, images: Iterable[Mapping[str, Any]], samples: Iterable[Sample]
 ) -> list[str]:
-    """A problem for each sample that is not as the COCO images of a predictions folder have it."""
+    """A problem for each sample that is not as the COCO images of the file at `path` have it."""
     known = {
         image["id"]: (Path(image["file_name"]).name, image["width"], image["height"])
         for image in images
@@ -161,7 +161,7 @@ def mismatches(
             name, width, height = expected
             other = "none" if image is None else "{} with {}x{}".format(*image)
             problems.append(
-                f"{folder / IMAGES}: image {sample.image_id}: "
+                f"{path}: image {sample.image_id}: "
                 f"expected {name} with {width}x{height} pixels, found {other}"
             )
     return problems
@@ -284,7 +284,7 @@ def read_predictions(
         )
     known = {image["id"] for image in images}
     by_id = {s.image_id: s for s in val if s.image_id in known} | {s.image_id: s for s in samples}
-    problems = mismatches(folder, images, by_id.values())
+    problems = mismatches(folder / IMAGES, images, by_id.values())
     results = read_results(folder / PREDICTIONS)
     wanted = list(by_id.values())
     problems += _check_entries(folder / PREDICTIONS, results, len(classes), wanted)

@@ -82,9 +82,7 @@ def markdown(metrics: Metrics) -> str:
     what = f"the {metrics['split']} split" if metrics["folds"] is None else "all folds"
     parts = [f"# Evaluation of {what}", *notes(metrics)]
     for table in tables(metrics):
-        lines = [table.header, ["---"] + ["---:"] * (len(table.header) - 1), *table.rows]
-        parts.append(f"## {table.title}")
-        parts.append("\n".join("| " + " | ".join(map(_escape, line)) + " |" for line in lines))
+        parts += [f"## {table.title}", markdown_table(table)]
     parts += ["## Plots", "![Precision and recall](pr_curves.png)", "![Confusion](confusion.png)"]
     if metrics["review"] is not None:
         parts.append("![Predicted quality and true IoU](quality.png)")
@@ -101,10 +99,23 @@ def markdown(metrics: Metrics) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def markdown_table(table: Table) -> str:
+    """Its lines, without the title; numbers to the right."""
+    lines = [table.header, ["---"] + ["---:"] * (len(table.header) - 1), *table.rows]
+    return "\n".join("| " + " | ".join(map(_escape, line)) + " |" for line in lines)
+
+
 def show(metrics: Metrics) -> None:
     """Print the tables to the terminal."""
     console = Console(highlight=False)
-    for table in tables(metrics):
+    show_tables(console, tables(metrics))
+    for note in notes(metrics):
+        console.print(note, markup=False)
+
+
+def show_tables(console: Console, shown: Sequence[Table]) -> None:
+    """Print tables to the terminal."""
+    for table in shown:
         drawn = rich.table.Table(
             title=table.title,
             title_justify="left",
@@ -119,8 +130,6 @@ def show(metrics: Metrics) -> None:
             drawn.add_row(*row)
         console.print(drawn)
         console.print()
-    for note in notes(metrics):
-        console.print(note, markup=False)
 
 
 def notes(metrics: Metrics) -> list[str]:

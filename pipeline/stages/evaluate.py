@@ -4,7 +4,8 @@ Output folder: metrics.json, report.md, images.csv (each image's verdict), error
 miss and false alarm as a picture), pr_curves.png, confusion.png, quality.png (where there is a
 `review`), config.yaml, run.json; of all folds also out_of_fold/, the predictions of every image by
 the fold that tested it, in the files of `pipeline segment`. There, images.json has the fold and the
-score threshold of each image.
+score threshold of each image. Of runs to compare: comparison.json, comparison.md (see
+pipeline/data/comparison.py), config.yaml, run.json.
 
 Of all folds, each image is measured at the threshold of its own fold, chosen on that fold's val
 split. Average precision, recall at false alarms and the intervals are of all images and scores
@@ -89,10 +90,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.progress import track
 
 from pipeline import record
 from pipeline.config import EvaluateConfig, SplitName, of_fold
 from pipeline.data import (
+    comparison,
     costs,
     error_page,
     evaluation,
@@ -102,15 +105,16 @@ from pipeline.data import (
     plots,
     quality,
     report,
+    runs,
     unknown,
 )
 from pipeline.data.dataset import GOOD, Dataset, Sample, learned_classes
-from pipeline.data.evaluation import Measured, Review
-from pipeline.data.files import read_json, write_json, write_text
+from pipeline.data.decision import read_probabilities
+from pipeline.data.evaluation import DEFAULT_THRESHOLD, Measured, Review
+from pipeline.data.files import write_json, write_text
 from pipeline.data.masks import dice, iou
 from pipeline.data.matching import match
 from pipeline.data.predictions import (
-    PREDICTIONS,
     Anomaly,
     Predictions,
     read_predictions,
@@ -120,7 +124,6 @@ from pipeline.data.unknown import Unknown
 from pipeline.errors import UserError
 
 UNKNOWN = "unknown"  # the decision on an image that is anomalous, no known class
-DEFAULT_THRESHOLD = 0.25
 DEFAULT_REVIEW_BELOW = 0.7
 CSV_COLUMNS = (
     "image_id", "file_name", "class", "decision", "verdict", "defects", "found", "boxes", "iou",
@@ -161,11 +164,12 @@ def run(config: EvaluateConfig) -> None:
     """Measure predictions on a split. Raises `UserError` for input that does not fit together."""
     loggers.require(config)
     dataset = Dataset(config.data)
-    if config.fold == "all":
-        parts = [_read(config, dataset, k, part) for k, part in enumerate(dataset.folds())]
-    else:
-        samples = dataset.split(config.split, config.fold)
-        parts = [_read(config, dataset, config.fold, samples)]
+    if config.runs:
+        _compare(config, dataset)
+        return
+    if config.predictions is None:
+        raise UserError("--predictions: required without runs to compare, not given")
+    parts = [_read(config, dataset, fold, part) for fold, part in _samples(config, dataset)]
     record.claim(config.out, config.force)
     record.write_config(config.out, "evaluate", config)
 
@@ -202,18 +206,78 @@ def run(config: EvaluateConfig) -> None:
     print(f"report: {config.out / 'report.md'}")
 
 
+def _compare(config: EvaluateConfig, dataset: Dataset) -> None:
+    """Measure runs of any kind on the same images, and make one table of them."""
+    parts = [
+        comparison.Part(fold, samples, _split(dataset, "val", fold))
+        for fold, samples in _samples(config, dataset)
+    ]
+    answers = [_read_run(path, dataset.classes, parts) for path in config.runs]
+    record.claim(config.out, config.force)
+    record.write_config(config.out, "evaluate", config)
+    measured = zip(config.runs, answers, strict=True)
+    rows = [
+        comparison.row(path, its, parts, dataset.classes, config.resamples, config.seed)
+        for path, its in track(list(measured), description="measure")
+    ]
+    labels = [sample.label for part in parts for sample in part.samples]
+    values: dict[str, Any] = {
+        "split": config.split,
+        "fold": config.fold,
+        "images": len(labels),
+        "defective": sum(label >= 0 for label in labels),
+        "resamples": config.resamples,
+        "rows": comparison.labelled(rows),
+    }
+    write_json(config.out / "comparison.json", values)
+    write_text(config.out / "comparison.md", comparison.markdown(values))
+    with loggers.opened(config) as log:
+        log.metrics(loggers.flat({its["label"]: its for its in values["rows"]}))
+    record.write_record(config.out, "evaluate", config)
+    comparison.show(values)
+    print(f"comparison: {config.out / 'comparison.md'}")
+
+
 # Input
+
+
+def _samples(config: EvaluateConfig, dataset: Dataset) -> list[tuple[int | None, list[Sample]]]:
+    """The images that are measured, by fold. Raises `UserError` where there are none."""
+    found: list[tuple[int | None, list[Sample]]]
+    if config.fold == "all":
+        found = list(enumerate(dataset.folds()))
+    else:
+        found = [(config.fold, dataset.split(config.split, config.fold))]
+    for fold, samples in found:
+        if not samples:
+            where = "" if fold is None else f" of fold {fold}"
+            raise UserError(
+                f"{config.data}: expected images in the {config.split} split{where}, found none"
+            )
+    return found
+
+
+def _read_run(
+    path: Path, classes: Sequence[str], parts: Sequence[comparison.Part]
+) -> list[runs.Answers]:
+    """What a run to compare says of each part's images."""
+    answers = [
+        runs.read(of_fold(path, p.fold), p.fold, classes, p.samples, p.val)
+        if p.fold is not None
+        else runs.read(path, None, classes, p.samples, p.val)
+        for p in parts
+    ]
+    methods = sorted({its.method for its in answers})
+    if len(methods) > 1:
+        raise UserError(f"{path}: expected one method in all folds, found {', '.join(methods)}")
+    return answers
 
 
 def _read(
     config: EvaluateConfig, dataset: Dataset, fold: int | None, samples: list[Sample]
 ) -> Part:
     """Read what was predicted for these images, check it, and choose the thresholds."""
-    if not samples:
-        where = "" if fold is None else f" of fold {fold}"
-        raise UserError(
-            f"{config.data}: expected images in the {config.split} split{where}, found none"
-        )
+    assert config.predictions is not None
 
     def folder(path: Path) -> Path:
         return of_fold(path, fold) if config.fold == "all" and fold is not None else path
@@ -300,29 +364,11 @@ def _read_classifiers(
     """Each classifier's decisions by name: (images,) with good as 0 and the classes after it."""
     decisions: dict[str, np.ndarray] = {}
     for folder in folders:
-        path = folder / PREDICTIONS
-        found = read_json(path)
-        if not isinstance(found, dict) or not {"name", "classes", "images"} <= found.keys():
-            raise UserError(f"{path}: expected predictions of a classifier, found other JSON")
-        ours = [GOOD, *classes]
-        if sorted(found["classes"]) != sorted(ours):
-            raise UserError(f"{path}: expected the classes {ours}, found {found['classes']}")
-        missing = [s.path.name for s in samples if str(s.image_id) not in found["images"]]
-        if missing:
-            raise UserError(
-                *(f"{path}: expected probabilities of {name}, found none" for name in missing)
-            )
-        probabilities = [found["images"][str(s.image_id)] for s in samples]
-        lengths = {len(row) for row in probabilities}
-        if lengths != {len(ours)}:
-            raise UserError(
-                f"{path}: expected {len(ours)} probabilities per image, found {sorted(lengths)}"
-            )
-        name = found["name"]
+        found = read_probabilities(folder, classes, samples)
+        name = found.name
         if name in (*decisions, "detector", "majority"):
             name = f"{name} ({folder.name})"
-        order = np.array([ours.index(c) for c in found["classes"]])
-        decisions[name] = order[np.argmax(np.array(probabilities), axis=1)]
+        decisions[name] = found.decisions(samples)
     return decisions
 
 
@@ -336,15 +382,7 @@ def _choose_threshold(
         return _default_threshold("there are no predictions for a val split")
     if config.cost is not None:
         return _cheapest_threshold(config.cost, val, predictions)
-    scores: list[float] = []
-    hit: list[bool] = []
-    for sample in val:
-        found = {p for _, p in match(sample.truth, predictions.of(sample, masks=False))}
-        entries = predictions.results.get(sample.image_id, [])
-        scores += [entry["score"] for entry in entries]
-        hit += [p in found for p in range(len(entries))]
-    truths = sum(len(sample.annotations) for sample in val)
-    best = metrics.best_threshold(np.array(scores), np.array(hit, bool), truths)
+    best = evaluation.best_threshold(val, predictions)
     if best is None:
         return _default_threshold("no defect of the val split is found at any score")
     value, f1 = best

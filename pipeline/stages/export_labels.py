@@ -22,6 +22,7 @@ from pipeline.data.exchange.labels import Labels
 from pipeline.data.files import atomic_folder, read_json
 from pipeline.data.masks import decode_rle
 from pipeline.data.predictions import (
+    IMAGES,
     PREDICTIONS,
     check_masks,
     mismatches,
@@ -103,7 +104,7 @@ def _predicted(
     strange = known.keys() - {sample.image_id for sample in samples}
     raise_any(
         [
-            *mismatches(folder, images, looked_at),
+            *mismatches(folder / IMAGES, images, looked_at),
             *(
                 f"{folder}: expected images of {config.data}, found {known[i]['file_name']}"
                 for i in sorted(strange)

@@ -5,7 +5,8 @@ Output folder:
     best.safetensors      the epoch with the lowest validation loss
     last.pt               the state that --resume goes on from
     results.csv curves.png
-    predictions.json      probabilities of the validation and test images, by the best epoch
+    predictions.json      probabilities of the validation and test images, by the best epoch, and
+                          the seconds that each took, with reading it
     accuracy.json         accuracy and balanced accuracy of each split, by the best epoch
     config.yaml run.json
 """
@@ -13,6 +14,7 @@ Output folder:
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -47,6 +49,7 @@ class Split:
     ids: list[int]
     images: torch.Tensor  # (n, 3, size, size) uint8 RGB
     labels: torch.Tensor  # (n,) int64: 0 is good, then the dataset's classes
+    seconds: float  # that reading it took
 
 
 def run(config: FinetuneClassifierConfig) -> None:
@@ -91,11 +94,14 @@ def _model(config: FinetuneClassifierConfig, classes: tuple[str, ...]) -> Classi
 
 
 def _in_memory(samples: list[Sample], size: int) -> Split:
+    started = time.monotonic()
     images = [classifier.resized(sample.image(), size) for sample in samples]
+    seconds = time.monotonic() - started
     return Split(
         [sample.image_id for sample in samples],
         torch.stack(images) if images else torch.empty(0, 3, size, size, dtype=torch.uint8),
         torch.tensor([sample.label + 1 for sample in samples], dtype=torch.int64),
+        seconds,
     )
 
 
@@ -219,9 +225,11 @@ def report(
     table = Table("split", "images", "accuracy", "balanced accuracy", "always good", title=name)
     accuracies: dict[str, dict[str, float]] = {}
     predictions: dict[str, list[float]] = {}
+    seconds = 0.0  # of the predictions, with reading the images
     for part, split in splits.items():
         if not split.ids:
             continue
+        started = time.monotonic()
         probabilities = classifier.predict(model, split.images).softmax(1)
         labels, decisions = split.labels.numpy(), probabilities.argmax(1).numpy()
         scores = decision_scores(confusion_matrix(labels, decisions, len(model.classes)))
@@ -234,11 +242,17 @@ def report(
         count, *values = accuracies[part].values()
         table.add_row(part, str(count), *(f"{value:.3f}" for value in values))
         if part != "train":
+            seconds += split.seconds + time.monotonic() - started
             rounded = [[round(p, 6) for p in row] for row in probabilities.tolist()]
             predictions |= dict(zip(map(str, split.ids), rounded, strict=True))
     write_json(
         config.out / "predictions.json",
-        {"name": name, "classes": list(model.classes), "images": predictions},
+        {
+            "name": name,
+            "classes": list(model.classes),
+            "images": predictions,
+            "seconds_per_image": round(seconds / len(predictions), 3),
+        },
     )
     write_json(config.out / "accuracy.json", accuracies)
     log.metrics(loggers.flat(accuracies))
