@@ -149,13 +149,15 @@ def check_joins(path: Path, about: Mapping[str, Any]) -> None:
 
 
 def joined(path: Path, measured: dict[str, Any]) -> dict[str, Any]:
-    """What was measured, beside the rows of `summary` that an earlier result at `path` also has.
+    """What was measured, beside the rows of an earlier result at `path`, if there is one."""
+    return join(read_json(path), measured) if path.is_file() else measured
+
+
+def join(before: Mapping[str, Any], measured: dict[str, Any]) -> dict[str, Any]:
+    """What was measured, beside the rows of `summary` that an earlier result also has.
 
     What only the earlier one knows is taken over. `earlier` says when and how older rows were made.
     """
-    if not path.is_file():
-        return measured
-    before = read_json(path)
     kept = {key: row for key, row in before["summary"].items() if key not in measured["summary"]}
     runs = [{**run, "rows": [r for r in run["rows"] if r in kept]} for run in before["earlier"]]
     told = {row for run in runs for row in run["rows"]}

@@ -36,7 +36,7 @@ from rich.table import Table
 from pipeline import record
 from pipeline.config import DetectAnomalyConfig
 from pipeline.data import anomaly as figures
-from pipeline.data import heatmaps, metrics, one_class
+from pipeline.data import heatmaps, one_class
 from pipeline.data.files import read_image, write_json
 from pipeline.data.one_class import OneClass, Picture
 from pipeline.models import anomaly
@@ -142,54 +142,18 @@ def _measure(source: OneClass, scored: Sequence[heatmaps.Scored]) -> dict[str, A
     low, high = min(s.low for s in scored), max(s.high for s in scored)
     pixels = {split: figures.PixelScores(low, high) for split in ("val", "test")}
     for picture, its in zip(source.pictures, scored, strict=True):
-        pixels[picture.split].add(its.heat_map(), _truth(picture))
+        pixels[picture.split].add(its.heat_map(), picture.sample.defect())
     scores = {split: np.array([s.score for s in scored if s.split == split]) for split in pixels}
     defective = {
         split: np.array([p.sample.label >= 0 for p in source.pictures if p.split == split], bool)
         for split in pixels
     }
-    best = metrics.best_threshold(scores["val"], defective["val"], int(defective["val"].sum()))
-    threshold = best[0] if best else float("nan")
-    pixel_threshold = pixels["val"].best_threshold()
-    found = scores["test"] >= threshold
     return {
-        "images": len(found),
+        "images": len(scores["test"]),
         "defective": int(defective["test"].sum()),
-        "image": {
-            "auroc": _number(figures.image_auroc(scores["test"], defective["test"])),
-            "average_precision": _number(
-                figures.image_average_precision(scores["test"], defective["test"])
-            ),
-            "threshold": _number(threshold),
-            "recall": _part(found[defective["test"]]) if best else None,
-            "false_alarm_rate": _part(found[~defective["test"]]) if best else None,
-        },
-        "pixel": {
-            "auroc": _number(pixels["test"].auroc()),
-            "pro": _number(pixels["test"].pro()),
-            "threshold": _number(pixel_threshold),
-            "iou": None
-            if np.isnan(pixel_threshold)
-            else _number(pixels["test"].iou(pixel_threshold)),
-        },
+        "image": figures.image_figures(scores, defective),
+        "pixel": figures.pixel_figures(pixels),
     }
-
-
-def _truth(picture: Picture) -> np.ndarray:
-    """(height, width) bool: what is defect."""
-    sample = picture.sample
-    if sample.truth.mask is None:
-        return np.zeros((sample.height, sample.width), bool)
-    return np.asarray(np.asarray(sample.truth.mask).any(axis=0))
-
-
-def _part(found: np.ndarray) -> float | None:
-    return round(float(found.mean()), 6) if len(found) else None
-
-
-def _number(value: float) -> float | None:
-    """A figure as JSON has it: six decimals, null for NaN."""
-    return None if np.isnan(value) else round(value, 6)
 
 
 def _show(values: dict[str, Any]) -> None:
