@@ -1,4 +1,4 @@
-"""benchmarks/study: rows are the figures of the runs, or their means over folds."""
+"""benchmarks/study: rows are those of `pipeline evaluate`, or the figures of the runs."""
 
 from __future__ import annotations
 
@@ -10,20 +10,30 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
+import yaml
 from rectangles import draw, filled
 
 from benchmarks.study import run as benchmark
 from pipeline import cli
-from pipeline.data.files import read_json
+from pipeline.config import DetectAnomalyConfig, FinetuneClassifierConfig
+from pipeline.data.dataset import Dataset
+from pipeline.data.files import read_json, write_json, write_text
+from pipeline.data.predictions import write_predictions
 
 IN_A_PROCESS = subprocess.run
 SIDE = 64
+KEYS = {
+    "method", "needs", "protocol", "images", "defective", "image_auroc", "average_precision",
+    "recall", "false_alarm_rate", "pixel_auroc", "pro", "pixel_iou", "accuracy",
+    "balanced_accuracy", "macro_f1", "map50", "mask_iou", "training_seconds",
+    "inference_seconds_per_image", "intervals", "per_fold",
+}  # fmt: skip
 
 
-@pytest.fixture
-def mvtec(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def mvtec(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a category: noise with a bright rectangle, and without."""
-    root = tmp_path / "mvtec" / "transistor"
+    root = tmp_path_factory.mktemp("mvtec") / "transistor"
     for i in range(6):
         box = (10 + 4 * i, 12, 40 + 3 * i, 44)
         write(root / "test" / "stain" / f"{i:03}.png", draw([("stain", box)], SIDE, SIDE, i))
@@ -42,7 +52,19 @@ def write(path: Path, image: np.ndarray) -> None:
 
 
 @pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The benchmark's own folder, for this test."""
+    folder = tmp_path / "here"
+    write_text(
+        folder / "README.md", f"before\n\n{benchmark.BEGIN}\nold\n{benchmark.END}\n\nafter\n"
+    )
+    monkeypatch.setattr(benchmark, "HERE", folder)
+    monkeypatch.setattr(benchmark, "README", folder / "README.md")
+    return folder
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch, here: Path) -> list[str]:
     """The stages that were run: in this process and on small images, for speed."""
     names: list[str] = []
 
@@ -56,45 +78,165 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(subprocess, "run", in_this_process)
     monkeypatch.setattr(benchmark, "FOLDS", 2)
-    monkeypatch.setattr(benchmark, "OPTIONS", {"image_size": 64})
+    small = {"image_size": 64}
+    options = {"detect-anomaly": small, "finetune-classifier": {**small, "epochs": 1}}
+    monkeypatch.setattr(benchmark, "OPTIONS", options | {"evaluate": {"resamples": 20}})
     return names
 
 
-def test_rows(mvtec: Path, tmp_path: Path, calls: list[str]) -> None:
+def call(mvtec: Path, work: Path, *options: str) -> None:
+    benchmark.main(["--mvtec-root", str(mvtec), "--work", str(work), *options])
+
+
+def test_rows(mvtec: Path, tmp_path: Path, here: Path, calls: list[str]) -> None:
     work = tmp_path / "work"
-    options = ["--mvtec-root", str(mvtec), "--work", str(work), "--methods", "cosine", "padim"]
-    benchmark.main(options)
+    methods = ["--methods", "cosine", "resnet18-from-scratch"]
+    call(mvtec, work, *methods)
     assert calls == [
-        "mvtec/cosine", "mvtec/padim", "fold0/cosine", "fold1/cosine", "fold0/padim", "fold1/padim",
+        "fold0/cosine", "fold1/cosine", "work/comparison-folds",
+        "study/resnet18-from-scratch", "study/cosine", "work/comparison-study", "mvtec/cosine",
     ]  # fmt: skip
     results = read_json(work / "results.json")
     rows = {(row["protocol"], row["method"]): row for row in results["rows"]}
-    assert list(rows) == [(p, m) for p in ("mvtec", "folds") for m in ("cosine", "padim")]
-    for (protocol, method), row in rows.items():
-        folders = ["mvtec"] if protocol == "mvtec" else ["fold0", "fold1"]
-        runs = [read_json(work / folder / method / "metrics.json") for folder in folders]
-        for key, (group, name) in benchmark.FIGURES.items():
-            values = [run[group][name] for run in runs if run[group][name] is not None]
-            assert row[key] == (
-                pytest.approx(sum(values) / len(values), abs=1e-4) if values else None
-            )
-        assert (row["images"], row["defective"]) == ((10, 6) if protocol == "mvtec" else (18, 6))
-    assert rows["mvtec", "padim"]["pixel_iou"] is None  # no validation split
-    assert rows["folds", "padim"]["pixel_iou"] > 0.2
-    assert [run["fold"] for run in rows["folds", "padim"]["per_fold"]] == [0, 1]
-    assert results["command"].endswith("--category transistor --methods cosine padim")
+    assert list(rows) == [
+        ("folds", "cosine"), ("study", "resnet18-from-scratch"), ("study", "cosine"),
+        ("mvtec", "cosine"),
+    ]  # fmt: skip
+    assert all(row.keys() == KEYS for row in rows.values())
+    figures = read_json(work / "mvtec" / "cosine" / "metrics.json")
+    row = rows["mvtec", "cosine"]
+    assert (row["images"], row["defective"]) == (10, 6)
+    assert row["image_auroc"] == figures["image"]["auroc"]
+    pixel = figures["pixel"]
+    assert (row["pixel_auroc"], row["pro"]) == (pixel["auroc"], pixel["pro"])
+    assert row["training_seconds"] == figures["seconds"]["training"]
+    assert row["pixel_iou"] is None  # no validation split
+    row = rows["folds", "cosine"]
+    assert (row["images"], row["defective"]) == (18, 6)
+    of_folds = [read_json(work / f"fold{k}" / "cosine" / "metrics.json") for k in (0, 1)]
+    areas = [its["pixel"]["auroc"] for its in of_folds]
+    assert row["pixel_auroc"] == pytest.approx(np.mean(areas), abs=1e-6)
+    assert [its["pixel_auroc"] for its in row["per_fold"]] == areas
+    assert row["accuracy"] is None
+    row = rows["study", "resnet18-from-scratch"]
+    found = read_json(work / "study" / "resnet18-from-scratch" / "accuracy.json")["test"]
+    assert row["needs"] == "labels"
+    assert row["accuracy"] == pytest.approx(found["accuracy"], abs=1e-6)
+    assert row["balanced_accuracy"] == pytest.approx(found["balanced_accuracy"], abs=1e-6)
+    assert row["training_seconds"] > 0 and row["inference_seconds_per_image"] > 0
+    assert results["command"].endswith(f"--category transistor {' '.join(methods)}")
+    assert "old" in (here / "README.md").read_text()  # a part is not for readers
     calls.clear()
-    benchmark.main(options)  # all is there
+    call(mvtec, work, *methods)  # all is there
     assert calls == []
     assert read_json(work / "results.json")["rows"] == results["rows"]
 
 
-def test_bad_input_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_rows_are_added_and_the_readme_follows(
+    mvtec: Path, tmp_path: Path, here: Path, calls: list[str]
+) -> None:
+    work = tmp_path / "work"
+    call(mvtec, work, "--methods", "padim", "--protocols", "mvtec", "--add")
+    first = read_json(here / "results.json")
+    call(mvtec, work, "--methods", "cosine", "--protocols", "mvtec", "--add")
+    results = read_json(here / "results.json")
+    assert [row["method"] for row in results["rows"]] == ["cosine", "padim"]
+    assert results["rows"][1] == first["rows"][0]
+    (earlier,) = results["earlier"]
+    assert (earlier["command"], earlier["rows"]) == (first["command"], ["mvtec/padim"])
+    text = (here / "README.md").read_text()
+    assert text.startswith("before\n\n") and text.endswith("\n\nafter\n") and "old" not in text
+    (line,) = [line for line in text.splitlines() if line.startswith("| padim")]
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    assert cells[:3] == ["padim", "good images", f"{first['rows'][0]['image_auroc']:.3f}"]
+
+
+def test_a_detector_that_is_there_already(mvtec: Path, tmp_path: Path, calls: list[str]) -> None:
+    """Perfect predictions, whose record has no seconds: they are in files of another benchmark."""
+    work, there = tmp_path / "work", tmp_path / "there"
+    call(mvtec, work, "--methods", "cosine", "--protocols", "folds")
+    data = Dataset(work / "dataset")
+    for k, seconds in enumerate((100.0, 50.0)):
+        folder = there / f"fold{k}" / "predictions"
+        samples = [s for part in ("val", "test") for s in data.split(part, k)]
+        results = [{**a, "score": 0.9} for s in samples for a in s.annotations]
+        images = [
+            {"id": s.image_id, "file_name": s.path.name, "width": s.width, "height": s.height}
+            for s in samples
+        ]
+        write_predictions(folder, results, images, data.classes)
+        write_json(folder / "run.json", {"command": "segment", "signature": str(k), "inputs": {}})
+        options = {"fold": k, "boxes": str(there / f"fold{k}" / "detector" / "detector.pt")}
+        options["sam"] = str(there / f"fold{k}" / "segmenter" / "sam.safetensors")
+        write_text(folder / "config.yaml", yaml.safe_dump(options))
+        for name, its in (("detector", seconds), ("segmenter", 20.0), ("predictions", 7.0)):
+            write_json(there / f"fold{k}" / f"{name}.seconds.json", {"seconds": its, "threads": 1})
+    calls.clear()
+    predictions = str(there / "fold{fold}" / "predictions")
+    options = ["--methods", "yolo-world-sam", "--protocols", "folds", "--predictions", predictions]
+    call(mvtec, work, *options)
+    assert calls == ["work/comparison-folds"]
+    (row,) = read_json(work / "results.json")["rows"]
+    assert (row["map50"], row["mask_iou"], row["image_auroc"], row["accuracy"]) == (1, 1, 1, 1)
+    assert row["training_seconds"] == 95  # mean of 120 and 70
+    images = [len(read_json(there / f"fold{k}/predictions/images.json")["images"]) for k in (0, 1)]
+    assert row["inference_seconds_per_image"] == pytest.approx(
+        (7 / images[0] + 7 / images[1]) / 2, abs=1e-4
+    )
+
+
+def test_what_is_planned() -> None:
+    """Every row has a run; the classifiers have the options of the study's configurations."""
+    place = benchmark.Place(Path("data"), 3, Path("out"))
+    planned = {row.method: row.stages(place) for row in benchmark.rows()}
+    methods = {
+        stages[0][1].method
+        for stages in planned.values()
+        if isinstance(stages[0][1], DetectAnomalyConfig)
+    }
+    assert {"cosine", "mahalanobis", "padim", "patchcore"} <= methods
+    for stages in planned.values():
+        (*_, (_, last)) = stages
+        assert last.fold == 3  # type: ignore[attr-defined]
+    ((_, lite0),) = planned["efficientnet-lite0-as-resnet50-rotation"]
+    ((_, resnet),) = planned["resnet50-rotation"]
+    assert isinstance(lite0, FinetuneClassifierConfig)
+    changed = {"model": "efficientnet-lite0", "offline": True}
+    assert lite0 == resnet.model_copy(update=changed)
+    assert (lite0.epochs, lite0.rotation, lite0.weight_decay) == (100, 15, 1e-4)
+    detector = planned["yolo-world-sam"]
+    assert [name for name, _ in detector] == ["finetune-yolo", "finetune-sam", "segment"]
+    (_, segment) = detector[-1]
+    assert (str(segment.out), segment.boxes, segment.sam) == (  # type: ignore[attr-defined]
+        "out/predictions", "out/detector/detector.pt", "out/segmenter/sam.safetensors",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ((), "expected"),  # whatever is wrong with the empty folder
+        (("--predictions", "p"), "--predictions: expected a path with {fold}, found p"),
+        (("--jobs", "0"), "--jobs: expected at least 1, found 0"),
+        (
+            ("--methods", "resnet18", "--protocols", "mvtec"),
+            "--protocols: expected one that --methods are measured by, found none",
+        ),
+    ],
+)
+def test_bad_input_is_one_line(
+    tmp_path: Path,
+    here: Path,
+    capsys: pytest.CaptureFixture[str],
+    options: tuple[str, ...],
+    expected: str,
+) -> None:
     with pytest.raises(SystemExit) as caught:
-        benchmark.main(["--mvtec-root", str(tmp_path), "--work", str(tmp_path / "work")])
+        call(tmp_path, tmp_path / "work", *options)
     assert caught.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("run.py: ")
+    assert line.startswith("run.py: ") and expected in line
+    assert not (here / "results.json").exists()
 
 
 def test_the_results_that_are_kept_reach_what_is_published() -> None:
@@ -103,3 +245,15 @@ def test_the_results_that_are_kept_reach_what_is_published() -> None:
     patchcore, padim = rows["mvtec", "patchcore"], rows["mvtec", "padim"]
     assert patchcore["image_auroc"] >= 0.99 and patchcore["pixel_auroc"] >= 0.97
     assert padim["image_auroc"] >= 0.95
+    assert all(row.keys() == KEYS for row in rows.values())
+
+
+def test_the_readme_shows_the_results_that_are_kept() -> None:
+    text = benchmark.README.read_text(encoding="utf-8")
+    shown = text.partition(benchmark.BEGIN)[2].partition(benchmark.END)[0]
+    lines = [line.strip("| ").split(" | ") for line in shown.splitlines() if line.startswith("|")]
+    rows = read_json(benchmark.HERE / "results.json")["rows"]
+    assert [cells[0] for cells in lines if cells[0] not in ("method", "---")] == [
+        row["method"] for row in rows
+    ]
+    assert shown.strip() == benchmark.markdown(rows)

@@ -293,8 +293,8 @@ def compared(
     """The rows of runs on a dataset, by `pipeline evaluate`."""
     fold = "all" if protocol == "folds" else None
     options = {"data": data, "fold": fold, "out": out, "runs": list(runs.values())}
-    evaluate = config.build(config.EvaluateConfig, options)
-    common.run_stage((common.pipeline("evaluate"), evaluate), os.cpu_count() or 1)
+    name, evaluate = stage("evaluate", options)
+    common.run_stage((common.pipeline(name), evaluate), os.cpu_count() or 1)
     found = read_json(out / "comparison.json")
     about = {"protocol": protocol, "images": found["images"], "defective": found["defective"]}
     measured = []

@@ -286,10 +286,15 @@ def markdown(values: Mapping[str, Any]) -> str:
 def show(values: Mapping[str, Any]) -> None:
     """Print the tables to the terminal."""
     console = Console(highlight=False)
-    console.width = max(console.width, 132)  # a terminal wraps better than columns of digits
-    report.show_tables(console, _tables(values))
+    console.width = max(console.width, 120)  # better lines that wrap than figures that do
+    report.show_tables(console, [_narrow(table) for table in _tables(values)])
     for note in notes(values):
         console.print(note, markup=False, soft_wrap=True)
+
+
+def _narrow(table: Table) -> Table:
+    """With the words of its header below one another."""
+    return Table(table.title, [title.replace(" ", "\n") for title in table.header], table.rows)
 
 
 def notes(values: Mapping[str, Any]) -> list[str]:
