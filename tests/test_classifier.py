@@ -108,10 +108,11 @@ def test_balanced_accuracy_of_an_unbalanced_split(tmp_path: Path) -> None:
     nn.init.zeros_(model.backbone.fc.weight)  # type: ignore[union-attr, arg-type]
     model.backbone.fc.bias.data = torch.tensor([1.0, 0.0])  # type: ignore[union-attr]
     images = torch.zeros(4, 3, 32, 32, dtype=torch.uint8)
-    split = finetune_classifier.Split([7, 8, 9, 10], images, torch.tensor([0, 0, 0, 1]))
-    nothing = finetune_classifier.Split([], images[:0], torch.tensor([], dtype=torch.int64))
+    split = finetune_classifier.Split([7, 8, 9, 10], images, torch.tensor([0, 0, 0, 1]), 40.0)
+    nothing = finetune_classifier.Split([], images[:0], torch.tensor([], dtype=torch.int64), 0.0)
     config = _config(tmp_path, tmp_path)
-    finetune_classifier.report(model, {"val": split, "test": nothing}, config, Log())
+    seconds = finetune_classifier.report(model, {"val": split, "test": nothing}, config, Log())
+    assert 10 < seconds < 15  # 40 for reading four images, and a little for each prediction
     assert json.loads((tmp_path / "accuracy.json").read_text()) == {
         "val": {"images": 4, "accuracy": 0.75, "balanced_accuracy": 0.5, "always_good": 0.75}
     }

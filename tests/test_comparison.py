@@ -43,11 +43,17 @@ def name_of(image_id: int) -> str:
     return f"{NAMES[image_id - 1]}__{image_id - 1:03}.png"
 
 
-def finish(folder: Path, command: str, fold: int | None, **options: Any) -> Path:
-    """Make a folder look like the output of a command."""
+def finish(
+    folder: Path,
+    command: str,
+    fold: int | None,
+    made: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> Path:
+    """Make a folder look like the output of a command: its options, and more of its record."""
     write_text(folder / "config.yaml", yaml.safe_dump({"fold": fold, **options}))
-    record = {"command": command, "signature": folder.name, "inputs": options.pop("inputs", {})}
-    write_json(folder / "run.json", {**record, "seconds": options.pop("seconds", None)})
+    record = {"command": command, "signature": folder.name, "inputs": {}, "seconds": None}
+    write_json(folder / "run.json", {**record, **(made or {})})
     return folder
 
 
@@ -83,12 +89,13 @@ def anomaly(
     return finish(folder, "detect-anomaly", fold)
 
 
-def classifier(folder: Path, rows: Mapping[int, Sequence[float]], **more: Any) -> Path:
+def classifier(folder: Path, rows: Mapping[int, Sequence[float]]) -> Path:
     """A run of `pipeline finetune-classifier`: probabilities of scratch, good and stain."""
     images = {str(image_id): list(row) for image_id, row in rows.items()}
     about = {"name": "net (scratch)", "classes": ["scratch", "good", "stain"]}
-    write_json(folder / "predictions.json", {**about, "images": images, **more})
-    return finish(folder, "finetune-classifier", None, seconds=60.0)
+    write_json(folder / "predictions.json", {**about, "images": images})
+    made = {"seconds": 60.0, "seconds_per_image": 0.02}
+    return finish(folder, "finetune-classifier", None, made)
 
 
 def detector(
@@ -109,8 +116,9 @@ def detector(
         {"id": i, "file_name": name_of(i), "width": WIDTH, "height": HEIGHT} for i in range(2, 8)
     ]
     write_predictions(folder, results, images, ("scratch", "stain"))
-    values = {"boxes": "yolo-world-n", "sam": "sam-lite", "seconds": 3.0, **options}
-    return finish(folder, "segment", None, **values)
+    values = {"boxes": "yolo-world-n", "sam": "sam-lite", **options}
+    made = {"seconds": 3.0, "inputs": {"boxes": "a checksum", "sam": "another"}}
+    return finish(folder, "segment", None, made, **values)
 
 
 def compare(data: Path, *runs: Path, **options: Any) -> dict[str, Any]:
@@ -165,7 +173,7 @@ def test_a_classifier(data: Path, tmp_path: Path) -> None:
         2: (0, 1, 0), 3: (0, 0.2, 0.8), 4: (0.1, 0.8, 0.1), 5: (0, 0.9, 0.1),
         6: (0.6, 0.1, 0.3), 7: (0.3, 0.7, 0),
     }  # fmt: skip
-    run = classifier(tmp_path / "run", probabilities, seconds_per_image=0.02)
+    run = classifier(tmp_path / "run", probabilities)
     (row,) = compare(data, run)["rows"]
     assert (row["method"], row["needs"]) == ("net (scratch)", "labels")
     assert row["image_auroc"] == 1  # 0.9 and 0.3 over 0.2 and 0.1
@@ -373,17 +381,16 @@ def test_trainings_are_followed(
 ) -> None:
     trained = tmp_path / "detector"
     write_text(trained / "detector.pt", "weights")
-    finish(trained, "finetune-yolo", None, paste=paste, augment=True, seconds=seconds)
-    made = {"boxes": "a checksum", "sam": "another"}
-    run = detector(tmp_path / "run", FOUND, boxes=str(trained / "detector.pt"), inputs=made)
+    finish(trained, "finetune-yolo", None, {"seconds": seconds}, paste=paste, augment=True)
+    run = detector(tmp_path / "run", FOUND, boxes=str(trained / "detector.pt"))
     (row,) = compare(data, run)["rows"]
     assert (row["needs"], row["training_seconds"]) == (needs, total)
     # Boxes of that run's file, with a segmenter that was trained as well.
     segmenter = tmp_path / "segmenter"
     write_text(segmenter / "sam.safetensors", "weights")
-    finish(segmenter, "finetune-sam", None, seconds=11.0)
+    finish(segmenter, "finetune-sam", None, {"seconds": 11.0})
     options = {"boxes": str(run / "predictions.json"), "sam": str(segmenter / "sam.safetensors")}
-    again = detector(tmp_path / "again", FOUND, inputs=made, **options)
+    again = detector(tmp_path / "again", FOUND, **options)
     (row,) = compare(data, again)["rows"]
     assert row["needs"] == "masks"
     assert row["training_seconds"] == (None if total is None else total + 11)

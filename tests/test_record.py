@@ -296,3 +296,20 @@ def test_recorded_configurations_can_be_run_again(
     cli.main(shlex.split(first)[2:])
     assert seen == [config]
     assert yaml.safe_load((config.out / "config.yaml").read_text())["epochs"] == 3
+
+
+# How long it took
+
+
+def test_the_record_says_how_long_a_stage_took(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1000.0
+    monkeypatch.setattr(record.time, "time", lambda: now)
+    config = yolo(data)
+    for resumed, expected in ((False, 90.5), (True, None)):
+        record.claim(config.out, force=True)
+        record.write_config(config.out, "finetune-yolo", config)
+        now += 90.5
+        again = config.model_copy(update={"resume": resumed})
+        record.write_record(config.out, "finetune-yolo", again)
+        assert read_json(config.out / "run.json")["seconds"] == expected
+        assert record.seconds_of(config.out) == expected

@@ -24,7 +24,6 @@ class Probabilities:
 
     name: str
     of_image: dict[int, np.ndarray]  # (1 + classes,) by image id; good first
-    seconds_per_image: float | None  # with reading the image; None: not known
 
     def decisions(self, samples: Sequence[Sample]) -> np.ndarray:
         """(images,) the most probable class."""
@@ -54,7 +53,7 @@ def read_probabilities(
         )
     order = [found["classes"].index(name) for name in ours]
     of_image = {int(key): np.array(row)[order] for key, row in found["images"].items()}
-    return Probabilities(found["name"], of_image, found.get("seconds_per_image"))
+    return Probabilities(found["name"], of_image)
 
 
 def confusion_matrix(

@@ -122,6 +122,7 @@ def _read_classifier(
     folder: Path, classes: Sequence[str], samples: Sequence[Sample], val: Sequence[Sample]
 ) -> Answers:
     found = read_probabilities(folder, classes, samples)
+    made = read_json(folder / "run.json")
     return Answers(
         method=found.name,
         needs="labels",
@@ -130,8 +131,8 @@ def _read_classifier(
         decisions=found.decisions(samples),
         predictions=None,
         threshold=None,
-        training_seconds=read_json(folder / "run.json").get("seconds"),
-        seconds_per_image=found.seconds_per_image,
+        training_seconds=made.get("seconds"),
+        seconds_per_image=made.get("seconds_per_image"),
     )
 
 

@@ -5,10 +5,10 @@ Output folder:
     best.safetensors      the epoch with the lowest validation loss
     last.pt               the state that --resume goes on from
     results.csv curves.png
-    predictions.json      probabilities of the validation and test images, by the best epoch, and
-                          the seconds that each took, with reading it
+    predictions.json      probabilities of the validation and test images, by the best epoch
     accuracy.json         accuracy and balanced accuracy of each split, by the best epoch
-    config.yaml run.json
+    config.yaml run.json  the latter also with the seconds that a prediction took, with reading the
+                          image
 """
 
 from __future__ import annotations
@@ -75,9 +75,10 @@ def run(config: FinetuneClassifierConfig) -> None:
         record.write_config(config.out, COMMAND, config)
     with loggers.opened(config, resumed=config.resume) as log:
         train(model, splits["train"], splits["val"], config, log)
-        report(classifier.load(config.out / "best.safetensors").to(device), splits, config, log)
+        best = classifier.load(config.out / "best.safetensors").to(device)
+        seconds = report(best, splits, config, log)
         log.pictures(config.out)
-    record.write_record(config.out, COMMAND, config)
+    record.write_record(config.out, COMMAND, config, seconds_per_image=round(seconds, 3))
 
 
 def _model(config: FinetuneClassifierConfig, classes: tuple[str, ...]) -> Classifier:
@@ -218,8 +219,11 @@ def _since_best(rows: training.Rows) -> int:
 
 def report(
     model: Classifier, splits: dict[str, Split], config: FinetuneClassifierConfig, log: Log
-) -> None:
-    """Write predictions and accuracies of the best epoch, and print the latter as a table."""
+) -> float:
+    """Write predictions and accuracies of the best epoch, and print the latter as a table.
+
+    Returns the seconds that a prediction took, with reading the image.
+    """
     start = "ImageNet" if config.pretrained else "scratch"
     name = f"{model.name} ({start})"
     table = Table("split", "images", "accuracy", "balanced accuracy", "always good", title=name)
@@ -247,13 +251,9 @@ def report(
             predictions |= dict(zip(map(str, split.ids), rounded, strict=True))
     write_json(
         config.out / "predictions.json",
-        {
-            "name": name,
-            "classes": list(model.classes),
-            "images": predictions,
-            "seconds_per_image": round(seconds / len(predictions), 3),
-        },
+        {"name": name, "classes": list(model.classes), "images": predictions},
     )
     write_json(config.out / "accuracy.json", accuracies)
     log.metrics(loggers.flat(accuracies))
     Console().print(table)
+    return seconds / len(predictions)
