@@ -311,6 +311,12 @@ def test_the_command(
     assert made["seconds"] >= 0 and {"runs[0]", "runs[1]", "runs[2]"} <= made["inputs"].keys()
     with pytest.raises(SystemExit):  # nothing is replaced unasked
         cli.main(["evaluate", "--data", str(data), "--out", str(out), str(runs[0])])
+    # In its place, the evaluation of one run: neither leaves files of the other.
+    cli.main(["evaluate", "--data", str(data), "--out", str(out), "--predictions", "c",
+              "--resamples", "0", "--force"])  # fmt: skip
+    assert not list(out.glob("comparison.*"))
+    cli.main(["evaluate", "--data", str(data), "--out", str(out), "a", "--force"])
+    assert not (out / "metrics.json").exists() and (out / "comparison.json").is_file()
 
 
 def bad(what: str, data: Path, root: Path) -> tuple[list[str], str]:
@@ -340,6 +346,12 @@ def bad(what: str, data: Path, root: Path) -> tuple[list[str], str]:
             f"{run}: expected a run on a dataset folder, found one on an MVTec category, whose own "
             "protocol has other splits"
         )
+    if what == "other figures":
+        anomaly(run, scores)
+        write_json(run / "metrics.json", [])
+        return [str(run)], (
+            f"{run}/metrics.json: expected the figures of detect-anomaly, found other JSON"
+        )
     if what == "true boxes":
         detector(run, FOUND, boxes="truth")
         return [str(run)], f"{run}: expected masks of a detector's boxes, found those of true ones"
@@ -356,7 +368,7 @@ def bad(what: str, data: Path, root: Path) -> tuple[list[str], str]:
 @pytest.mark.parametrize(
     "what",
     ["nothing", "no run", "other command", "other fold", "other images", "other protocol",
-     "true boxes", "threshold", "all folds"],
+     "other figures", "true boxes", "threshold", "all folds"],
 )  # fmt: skip
 def test_bad_input(
     what: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -89,6 +89,10 @@ def _read_anomaly(
     folder: Path, classes: Sequence[str], samples: Sequence[Sample], val: Sequence[Sample]
 ) -> Answers:
     made = read_json(folder / "metrics.json")
+    if not isinstance(made, dict) or not {"method", "protocol", "seconds"} <= made.keys():
+        raise UserError(
+            f"{folder / 'metrics.json'}: expected the figures of detect-anomaly, found other JSON"
+        )
     if made["protocol"] != "dataset":
         raise UserError(
             f"{folder}: expected a run on a dataset folder, found one on an MVTec category, whose "

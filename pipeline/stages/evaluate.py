@@ -125,6 +125,8 @@ from pipeline.errors import UserError
 
 UNKNOWN = "unknown"  # the decision on an image that is anomalous, no known class
 DEFAULT_REVIEW_BELOW = 0.7
+EVALUATED = ("metrics.json", "report.md", "images.csv")
+COMPARED = ("comparison.json", "comparison.md")
 CSV_COLUMNS = (
     "image_id", "file_name", "class", "decision", "verdict", "defects", "found", "boxes", "iou",
 )  # fmt: skip
@@ -172,6 +174,7 @@ def run(config: EvaluateConfig) -> None:
     parts = [_read(config, dataset, fold, part) for fold, part in _samples(config, dataset)]
     record.claim(config.out, config.force)
     record.write_config(config.out, "evaluate", config)
+    _remove(config.out, *COMPARED)
 
     measured = _measure(config, dataset.classes, parts)
     shows_published = config.published and set(dataset.classes) == PUBLISHED_CLASSES
@@ -215,6 +218,7 @@ def _compare(config: EvaluateConfig, dataset: Dataset) -> None:
     answers = [_read_run(path, dataset.classes, parts) for path in config.runs]
     record.claim(config.out, config.force)
     record.write_config(config.out, "evaluate", config)
+    _remove(config.out, *EVALUATED)
     measured = zip(config.runs, answers, strict=True)
     rows = [
         comparison.row(path, its, parts, dataset.classes, config.resamples, config.seed)
@@ -229,13 +233,20 @@ def _compare(config: EvaluateConfig, dataset: Dataset) -> None:
         "resamples": config.resamples,
         "rows": comparison.labelled(rows),
     }
-    write_json(config.out / "comparison.json", values)
-    write_text(config.out / "comparison.md", comparison.markdown(values))
+    figures, tables = (config.out / name for name in COMPARED)
+    write_json(figures, values)
+    write_text(tables, comparison.markdown(values))
     with loggers.opened(config) as log:
         log.metrics(loggers.flat({its["label"]: its for its in values["rows"]}))
     record.write_record(config.out, "evaluate", config)
     comparison.show(values)
-    print(f"comparison: {config.out / 'comparison.md'}")
+    print(f"comparison: {tables}")
+
+
+def _remove(out: Path, *names: str) -> None:
+    """Remove files of an earlier run, of the other kind."""
+    for name in names:
+        (out / name).unlink(missing_ok=True)
 
 
 # Input
