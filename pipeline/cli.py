@@ -28,6 +28,7 @@ COMMANDS: dict[str, type[config.Config]] = {
     "finetune-yolo": config.FinetuneYoloConfig,
     "finetune-sam": config.FinetuneSamConfig,
     "finetune-classifier": config.FinetuneClassifierConfig,
+    "finetune-head": config.FinetuneHeadConfig,
     "detect-anomaly": config.DetectAnomalyConfig,
     "segment": config.SegmentConfig,
     "apply-review": config.ApplyReviewConfig,

@@ -310,6 +310,11 @@ class FinetuneClassifierConfig(TrainConfig):
     lr: LearningRate = 1e-3
     optimizer: Literal["adam", "adamw"] = Field("adam", description="optimiser")
     weight_decay: float = Field(0.0, ge=0, description="weight decay")
+    balance: Literal["none", "sampling", "weights"] = Field(
+        "none",
+        description="show every class as often as any other (sampling), or let rare ones count "
+        "more in the loss, by their effective number of images (weights)",
+    )
     image_size: PositiveInt = Field(
         256, description="width and height the classifier sees, in pixels"
     )
@@ -318,6 +323,34 @@ class FinetuneClassifierConfig(TrainConfig):
         0.0, ge=0, le=180, description="random rotation up to this many degrees"
     )
     offline: bool = Field(False, description="never download")
+
+
+class FinetuneHeadConfig(LoggedConfig):
+    """Fit a classifier on frozen ImageNet features, with a remedy for rare classes."""
+
+    inputs: ClassVar[tuple[str, ...]] = ("data",)
+    data: Path = Field(description="dataset folder written by `pipeline convert`")
+    fold: int | None = Field(
+        None, ge=0, description="fold of the dataset instead of its single split"
+    )
+    method: Literal["plain", "balanced-sampling", "balanced-weights", "ecrt"] = Field(
+        "balanced-weights",
+        description="what is done for rare classes: nothing (plain), every class is shown as often "
+        "as any other, every class weighs according to its effective number of images, or new "
+        "features are made of those there are (ecrt)",
+    )
+    augmentation: Literal["shuffle", "gaussian", "none"] = Field(
+        "shuffle",
+        description="how ecrt fills up rare classes: with shuffled sources, with sources drawn "
+        "from the class's Gaussian, or with copies (none)",
+    )
+    image_size: int = Field(224, ge=32, description="width and height the network sees, in pixels")
+    seed: Seed = Field(0, description="seed of everything random")
+    device: str = Field("auto", description="auto, cpu, mps or 0: where features are computed")
+    cache: Folder | None = Field(
+        None, description="folder that keeps the features for later runs, if any"
+    )
+    cache_gb: CacheSize = 2.0
 
 
 class DetectAnomalyConfig(StageConfig):
@@ -529,7 +562,7 @@ class EvaluateConfig(LoggedConfig):
         None, description="output folder of `pipeline segment --boxes truth`: the upper bound"
     )
     classifiers: tuple[Path, ...] = Field(
-        (), description="output folders of `pipeline finetune-classifier`"
+        (), description="output folders of `pipeline finetune-classifier` or `finetune-head`"
     )
     anomaly: Path | None = Field(
         None,

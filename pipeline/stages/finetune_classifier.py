@@ -20,19 +20,16 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torchvision.transforms import v2
 
 from pipeline import record
 from pipeline.config import FinetuneClassifierConfig
-from pipeline.data import loggers
+from pipeline.data import balance, classification, loggers
+from pipeline.data.classification import Classified
 from pipeline.data.dataset import GOOD, Dataset, Sample, learned_classes
-from pipeline.data.decision import confusion_matrix, decision_scores
-from pipeline.data.files import write_json
 from pipeline.data.loggers import Log
 from pipeline.errors import UserError
 from pipeline.models import classifier, training
@@ -117,6 +114,7 @@ def train(
     optimizer = _optimizer(model, config)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.epochs)
     augment = _augmentation(config)
+    weights, val_weights = _class_weights(seen, validation, len(model.classes), config.balance)
     last, signature = config.out / "last.pt", record.signature(COMMAND, config)
     rows: training.Rows = []
     if config.resume:
@@ -134,14 +132,17 @@ def train(
                 text = f"epoch {epoch}/{config.epochs} loss {loss:.3f}"
                 progress.update(bar, description=text, completed=epoch - 1 + done)
 
-            loss, accuracy = _train_epoch(model, seen, augment, optimizer, config.batch, show)
+            order = _order(seen.labels, config.balance)
+            loss, accuracy = _train_epoch(
+                model, seen, order, augment, optimizer, config.batch, weights, show
+            )
             scheduler.step()
             logits = classifier.predict(model, validation.images)
             row = {
                 "epoch": epoch,
                 "train_loss": loss,
                 "train_accuracy": accuracy,
-                "val_loss": cross_entropy(logits, validation.labels).item(),
+                "val_loss": cross_entropy(logits, validation.labels, val_weights).item(),
                 "val_accuracy": (logits.argmax(1) == validation.labels).double().mean().item(),
             }
             if not math.isfinite(row["train_loss"] + row["val_loss"]):
@@ -163,23 +164,28 @@ def train(
 def _train_epoch(
     model: Classifier,
     split: Split,
+    order: torch.Tensor,
     augment: v2.Transform,
     optimizer: torch.optim.Optimizer,
     batch: int,
+    weights: torch.Tensor | None,
     show: Callable[[float, float], None],
 ) -> tuple[float, float]:
-    """One pass; returns mean loss and accuracy. `show` gets the part done and the last loss."""
+    """One pass over the images at the places `order`; returns mean loss and accuracy.
+
+    `weights` (classes,) are those of the loss. `show` gets the part done and the last loss.
+    """
     model.train()
     device = model.mean.device
+    weights = None if weights is None else weights.to(device)
     loss_sum = correct = 0.0
-    order = torch.randperm(len(split.labels))
     # Of even size: BatchNorm could not train on a single image left over.
     batches = order.tensor_split(-(-len(order) // batch))
     for i, chosen in enumerate(batches, start=1):
         images = torch.stack([augment(split.images[j]) for j in chosen]).to(device)
         labels = split.labels[chosen].to(device)
         logits = model(images)
-        loss = cross_entropy(logits, labels)
+        loss = cross_entropy(logits, labels, weights)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -187,6 +193,30 @@ def _train_epoch(
         correct += (logits.argmax(1) == labels).sum().item()
         show(i / len(batches), loss.item())
     return loss_sum / len(order), correct / len(order)
+
+
+def _order(labels: torch.Tensor, balanced: str) -> torch.Tensor:
+    """Places of the images of an epoch, by torch's seed: as many as there are."""
+    if balanced != "sampling":
+        return torch.randperm(len(labels))
+    rng = np.random.default_rng(torch.initial_seed())
+    return torch.from_numpy(balance.evenly(labels.numpy(), rng)[: len(labels)])
+
+
+def _class_weights(
+    seen: Split, validation: Split, classes: int, balanced: str
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """(classes,) weights in the loss of training and of validation; None: all images are equal.
+
+    With any balance, each class counts the same in the validation loss, which chooses the epoch.
+    """
+    if balanced == "none":
+        return None, None
+    equal = torch.from_numpy(balance.equal_weights(validation.labels.numpy(), classes)).float()
+    if balanced == "sampling":
+        return None, equal
+    weights = balance.effective_number_weights(seen.labels.numpy(), classes)
+    return torch.from_numpy(weights).float(), equal
 
 
 def _optimizer(model: nn.Module, config: FinetuneClassifierConfig) -> torch.optim.Optimizer:
@@ -224,36 +254,15 @@ def report(
 
     Returns the seconds that a prediction took, with reading the image.
     """
-    start = "ImageNet" if config.pretrained else "scratch"
-    name = f"{model.name} ({start})"
-    table = Table("split", "images", "accuracy", "balanced accuracy", "always good", title=name)
-    accuracies: dict[str, dict[str, float]] = {}
-    predictions: dict[str, list[float]] = {}
-    seconds = 0.0  # of the predictions, with reading the images
+    classified: dict[str, Classified] = {}
     for part, split in splits.items():
         if not split.ids:
             continue
         started = time.monotonic()
-        probabilities = classifier.predict(model, split.images).softmax(1)
-        labels, decisions = split.labels.numpy(), probabilities.argmax(1).numpy()
-        scores = decision_scores(confusion_matrix(labels, decisions, len(model.classes)))
-        accuracies[part] = {
-            "images": len(split.ids),
-            "accuracy": float(scores.accuracy),
-            "balanced_accuracy": float(scores.balanced_accuracy),
-            "always_good": float((labels == 0).mean()),
-        }
-        count, *values = accuracies[part].values()
-        table.add_row(part, str(count), *(f"{value:.3f}" for value in values))
-        if part != "train":
-            seconds += split.seconds + time.monotonic() - started
-            rounded = [[round(p, 6) for p in row] for row in probabilities.tolist()]
-            predictions |= dict(zip(map(str, split.ids), rounded, strict=True))
-    write_json(
-        config.out / "predictions.json",
-        {"name": name, "classes": list(model.classes), "images": predictions},
-    )
-    write_json(config.out / "accuracy.json", accuracies)
-    log.metrics(loggers.flat(accuracies))
-    Console().print(table)
-    return seconds / len(predictions)
+        probabilities = classifier.predict(model, split.images).softmax(1).numpy()
+        seconds = split.seconds + time.monotonic() - started
+        classified[part] = Classified(split.ids, split.labels.numpy(), probabilities, seconds)
+    start = "ImageNet" if config.pretrained else "scratch"
+    name = f"{model.name} ({start})"
+    log.metrics(loggers.flat(classification.write(config.out, name, model.classes, classified)))
+    return classification.seconds_per_image(classified)
