@@ -190,6 +190,57 @@ def test_patience_stops_early(dataset: Path, tmp_path: Path) -> None:
     assert len({row["val_loss"] for row in rows}) == 1
 
 
+def test_balanced_sampling_shows_every_class_as_often() -> None:
+    """190 and 10 images: an epoch of 200 has about a hundred of each, and the seed decides."""
+    labels = torch.tensor([0] * 190 + [1] * 10)
+    orders = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        orders.append(finetune_classifier._order(labels, "sampling"))
+    assert len(orders[0]) == 200
+    assert 80 < labels[orders[0]].sum() < 120
+    assert torch.equal(orders[0], orders[1])
+    assert not torch.equal(orders[0], orders[2])
+    assert sorted(finetune_classifier._order(labels, "none").tolist()) == list(range(200))
+
+
+@pytest.mark.parametrize("balance", ["sampling", "weights"])
+def test_balance_changes_the_training(
+    dataset: Path, finished: Path, tmp_path: Path, balance: str
+) -> None:
+    """Of a training split that lacks a class: the others are no longer equal."""
+    data = tmp_path / "data"
+    (data / "annotations").mkdir(parents=True)
+    (data / "images").symlink_to(dataset / "images")
+    for path in (dataset / "annotations").iterdir():
+        coco = json.loads(path.read_text())
+        if path.stem == "instances_train":
+            coco["annotations"] = [a for a in coco["annotations"] if a["category_id"] == 1]
+        (data / "annotations" / path.name).write_text(json.dumps(coco))
+    losses = {}
+    for name in ("none", balance):
+        run(_config(data, tmp_path / name, balance=name))
+        rows = csv.DictReader((tmp_path / name / "results.csv").open())
+        losses[name] = [float(row["train_loss"]) for row in rows]
+    assert losses["none"] != losses[balance]
+
+
+def test_class_weights() -> None:
+    """Training: effective numbers; validation: each class the same."""
+    images = torch.zeros(4, 3, 8, 8, dtype=torch.uint8)
+    seen = finetune_classifier.Split([1, 2, 3, 4], images, torch.tensor([0, 0, 0, 1]))
+    validation = finetune_classifier.Split([5, 6, 7, 8], images, torch.tensor([0, 1, 1, 1]))
+    weights, val_weights = finetune_classifier._class_weights(seen, validation, 2, "weights")
+    assert weights is not None and val_weights is not None
+    # effective numbers 1 and 1 + 0.999 + 0.999^2, and a sum of 2
+    assert (weights[1] / weights[0]).item() == pytest.approx(2.997001, rel=1e-5)
+    assert weights.sum().item() == pytest.approx(2)
+    assert val_weights.tolist() == pytest.approx([1, 1 / 3])
+    weights, val_weights = finetune_classifier._class_weights(seen, validation, 2, "sampling")
+    assert weights is None and val_weights is not None
+    assert finetune_classifier._class_weights(seen, validation, 2, "none") == (None, None)
+
+
 def test_divergence_is_told(dataset: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--lr: expected a lower one than 1e"):
         run(_config(dataset, tmp_path, lr=1e30))

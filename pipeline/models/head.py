@@ -61,7 +61,8 @@ class Whitening(nn.Module):
     def fit(self, features: torch.Tensor) -> Whitening:
         """To features of at least `components` + 1 images."""
         components = self.basis.shape[1]
-        pca = PCA(components, svd_solver="full").fit(features.double().numpy())
+        with np.errstate(invalid="ignore"):  # of equal images it divides by a variance of 0
+            pca = PCA(components, svd_solver="full").fit(features.double().numpy())
         variance = pca.explained_variance_
         some = variance > 1e-9 * max(variance[0], 1e-9)  # equal images have fewer components
         inverse = np.divide(1, np.sqrt(variance), out=np.zeros(components), where=some)
