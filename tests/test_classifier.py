@@ -228,8 +228,8 @@ def test_balance_changes_the_training(
 def test_class_weights() -> None:
     """Training: effective numbers; validation: each class the same."""
     images = torch.zeros(4, 3, 8, 8, dtype=torch.uint8)
-    seen = finetune_classifier.Split([1, 2, 3, 4], images, torch.tensor([0, 0, 0, 1]))
-    validation = finetune_classifier.Split([5, 6, 7, 8], images, torch.tensor([0, 1, 1, 1]))
+    seen = finetune_classifier.Split([1, 2, 3, 4], images, torch.tensor([0, 0, 0, 1]), 0.0)
+    validation = finetune_classifier.Split([5, 6, 7, 8], images, torch.tensor([0, 1, 1, 1]), 0.0)
     weights, val_weights = finetune_classifier._class_weights(seen, validation, 2, "weights")
     assert weights is not None and val_weights is not None
     # effective numbers 1 and 1 + 0.999 + 0.999^2, and a sum of 2

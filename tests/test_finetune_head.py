@@ -84,6 +84,7 @@ def test_outputs(run: Callable[..., dict[str, Any]], tmp_path: Path, method: str
     record = json.loads((tmp_path / "out" / "run.json").read_text())
     best = min(rows, key=lambda row: float(row["val_loss"]))
     assert record["command"] == "finetune-head"
+    assert 0 < record["seconds_per_image"] < 60
     assert record["chosen"]["components"] == float(best["components"])
     assert record["chosen"]["val_loss"] == pytest.approx(float(best["val_loss"]), rel=1e-4)
 
@@ -253,6 +254,7 @@ def test_bad_input(dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     [
         ({"train": [GOOD, STAIN], "test": [GOOD]}, "expected images in .* val split, found none"),
         ({"train": [GOOD] * 3, "val": [GOOD]}, "expected images of two classes .* found one"),
+        ({"train": [GOOD, STAIN], "val": [SCRATCH]}, "of the train split's classes .* found none"),
     ],
 )
 def test_datasets_that_cannot_be_learned(
@@ -266,13 +268,20 @@ def test_datasets_that_cannot_be_learned(
 
 
 def test_a_class_without_training_images_is_never_decided_for(
-    run: Callable[..., dict[str, Any]], tmp_path: Path
+    run: Callable[..., dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    splits = {"train": [GOOD] * 4 + [STAIN] * 2, "val": [GOOD, STAIN], "test": [SCRATCH, STAIN]}
+    splits = {
+        "train": [GOOD] * 4 + [STAIN] * 2,
+        "val": [GOOD, STAIN, SCRATCH],
+        "test": [SCRATCH, STAIN],
+    }
     data = write_dataset(tmp_path / "d", splits)
     for method in METHODS:
         predictions = run(tmp_path / method, method, data=data)
         assert {row[1] for row in predictions["images"].values()} == {0}
+        assert "not learned, for the training images show none: scratch" in capsys.readouterr().out
+        chosen = json.loads((tmp_path / method / "run.json").read_text())["chosen"]
+        assert chosen["val_loss"] < 5  # the image of the unknown class does not count
 
 
 def test_finished_result_is_not_replaced(

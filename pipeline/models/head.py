@@ -19,6 +19,7 @@ from pipeline.models.ecrt import SourceMap
 from pipeline.models.imagenet import LITE0_MEAN, LITE0_STD, efficientnet_lite0
 
 CHANNELS = 1280  # of the features
+NEVER = -1e4  # a logit whose probability is 0, yet finite as files want it
 
 
 class Encoder(nn.Module):
@@ -117,9 +118,6 @@ def fit_linear(
         head.linear.bias.fill_(NEVER)
         head.linear.weight[occurs] = torch.from_numpy(weight).float()
         head.linear.bias[occurs] = torch.from_numpy(bias).float()
-
-
-NEVER = -1e4  # a logit whose probability is 0, yet finite as files want it
 
 
 def save(head: Head, path: Path) -> None:

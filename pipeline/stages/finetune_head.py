@@ -17,12 +17,14 @@ Output folder:
     head.safetensors      what was fitted
     results.csv           all that was tried: components, c (inverse penalty), val_loss
     predictions.json accuracy.json    see pipeline/data/classification.py
-    config.yaml run.json  the record has what was chosen, as in results.csv
+    config.yaml run.json  the latter also with what was chosen, as in results.csv, and the seconds
+                          that a prediction took, with reading the image
 """
 
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -37,7 +39,7 @@ from pipeline import record
 from pipeline.config import FinetuneHeadConfig
 from pipeline.data import balance, classification, loggers
 from pipeline.data.classification import Classified
-from pipeline.data.dataset import GOOD, Dataset, Sample
+from pipeline.data.dataset import GOOD, Dataset, Sample, learned_classes
 from pipeline.errors import UserError
 from pipeline.models import ecrt, training
 from pipeline.models import head as heads
@@ -57,6 +59,7 @@ class Split:
     ids: list[int]
     features: torch.Tensor  # (n, 1280)
     labels: torch.Tensor  # (n,) int64: 0 is good, then the dataset's classes
+    seconds: float  # that features took, with reading the images
 
 
 def run(config: FinetuneHeadConfig) -> None:
@@ -65,6 +68,9 @@ def run(config: FinetuneHeadConfig) -> None:
     dataset = Dataset(config.data)
     samples = {name: dataset.split(name, config.fold) for name in ("train", "val", "test")}
     _check(samples, config)
+    learned = learned_classes(samples["train"], dataset.classes)
+    if unseen := [name for name in dataset.classes if name not in learned]:
+        print(f"not learned, for the training images show none: {', '.join(unseen)}")
     device = torch_device(config.device)
     encoder: nn.Module = heads.Encoder(config.image_size).to(device)
     if config.cache is not None:
@@ -88,12 +94,13 @@ def run(config: FinetuneHeadConfig) -> None:
     heads.save(head, config.out / "head.safetensors")
     training.write_results(config.out / "results.csv", rows)
     head = heads.load(config.out / "head.safetensors")
-    accuracies = classification.write(
-        config.out, _name(config), head.classes, {k: _classify(head, s) for k, s in splits.items()}
-    )
+    classified = {name: _classify(head, split) for name, split in splits.items()}
+    accuracies = classification.write(config.out, _name(config), head.classes, classified)
     with loggers.opened(config) as log:
         log.metrics(loggers.flat(accuracies))
-    record.write_record(config.out, COMMAND, config, chosen=_best(rows))
+    seconds = classification.seconds_per_image(classified)
+    about = {"chosen": _best(rows), "seconds_per_image": round(seconds, 3)}
+    record.write_record(config.out, COMMAND, config, **about)
 
 
 def _check(samples: Mapping[str, list[Sample]], config: FinetuneHeadConfig) -> None:
@@ -106,6 +113,11 @@ def _check(samples: Mapping[str, list[Sample]], config: FinetuneHeadConfig) -> N
         raise UserError(
             f"--data: expected images of two classes in {config.data}'s train split, found one"
         )
+    if not {s.label for s in samples["val"]} & {s.label for s in samples["train"]}:
+        raise UserError(
+            f"--data: expected images of the train split's classes in {config.data}'s val split, "
+            "found none"
+        )
 
 
 def _features(
@@ -116,12 +128,14 @@ def _features(
     advance: Callable[[], None],
 ) -> Split:
     """The features of a split, image by image: each is computed once."""
+    started = time.monotonic()
     features = torch.empty(len(samples), heads.CHANNELS)
     for i, sample in enumerate(samples):
         features[i] = encoder(resized(sample.image(), size)[None].to(device))[0].cpu()
         advance()
     labels = torch.tensor([sample.label + 1 for sample in samples], dtype=torch.int64)
-    return Split([sample.image_id for sample in samples], features, labels)
+    ids = [sample.image_id for sample in samples]
+    return Split(ids, features, labels, time.monotonic() - started)
 
 
 def fit(
@@ -136,6 +150,7 @@ def fit(
     `show` gets the part that is done.
     """
     weights = balance.equal_weights(validation.labels.numpy(), len(classes))
+    weights[np.bincount(seen.labels, minlength=len(classes)) == 0] = 0  # what cannot be known
     equal = torch.from_numpy(weights).float()
     most = len(seen.ids) - 1  # as many components as n images have
     tried = [count for count in COMPONENTS if count <= most] or [most]
@@ -201,8 +216,10 @@ def _best(rows: training.Rows) -> dict[str, float]:
 
 @torch.no_grad()
 def _classify(head: Head, split: Split) -> Classified:
+    started = time.monotonic()
     probabilities = head(split.features).softmax(dim=1).numpy()
-    return Classified(split.ids, split.labels.numpy(), probabilities)
+    seconds = split.seconds + time.monotonic() - started
+    return Classified(split.ids, split.labels.numpy(), probabilities, seconds)
 
 
 def _name(config: FinetuneHeadConfig) -> str:
