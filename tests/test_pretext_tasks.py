@@ -181,7 +181,7 @@ def test_simclr_loss_is_nt_xent() -> None:
 def test_moco_loss_and_momentum() -> None:
     """Equations 1 and 2 of MoCo: the queue holds the negatives, the slow encoder follows."""
     torch.manual_seed(0)
-    task = tasks.MoCoTask(Mixed(), 64)  # type: ignore[arg-type]
+    task = tasks.MoCoTask(Mixed(), 64, queue=10)  # type: ignore[arg-type]
     views = [noise(4, seed) for seed in range(2, 6)]
     task.views = Ready(views)  # type: ignore[assignment]
     with torch.no_grad():
@@ -196,6 +196,7 @@ def test_moco_loss_and_momentum() -> None:
         assert not new.requires_grad
     queue = task.loss.memory_bank.bank.clone()
     keys = unit(task._project(task.slow, views[0]))
+    assert queue.shape == (10, 128)
     np.testing.assert_allclose(queue[:4], keys, atol=1e-6)
     loss = task(views[0])
     keys, queries = (

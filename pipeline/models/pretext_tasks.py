@@ -221,15 +221,15 @@ class MoCoTask(nn.Module):
     """Find an image's other view among those that a slower encoder has seen before.
 
     He et al., CVPR 2020, arXiv 1911.05722, with head and views of MoCo v2 (Chen et al., 2020, arXiv
-    2003.04297). With a few hundred images and steps instead of millions, the queue is shorter (it
-    must not hold an image's own views) and the encoder's momentum lower.
+    2003.04297). With a few hundred images and steps instead of millions, the encoder's momentum is
+    lower, and the `queue` of features is to be shorter than an epoch: it should not hold an image's
+    own views.
     """
 
     temperature = 0.2
     momentum = 0.99
-    queue = 128  # features
 
-    def __init__(self, trunk: Trunk, image_size: int) -> None:
+    def __init__(self, trunk: Trunk, image_size: int, queue: int) -> None:
         super().__init__()
         from lightly.loss import NTXentLoss
         from lightly.models.modules import MoCoProjectionHead
@@ -237,7 +237,7 @@ class MoCoTask(nn.Module):
         self.views = Views(image_size)
         self.encoder = nn.ModuleList([trunk, MoCoProjectionHead(trunk.width, trunk.width, 128)])
         self.slow = copy.deepcopy(self.encoder).requires_grad_(False)
-        self.loss = NTXentLoss(self.temperature, memory_bank_size=(self.queue, 128))
+        self.loss = NTXentLoss(self.temperature, memory_bank_size=(queue, 128))
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         from lightly.models.utils import update_momentum

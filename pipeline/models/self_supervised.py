@@ -39,7 +39,7 @@ class SelfSupervised(Method):
     default_epochs: ClassVar[int]
     lr: ClassVar[float] = 5e-4  # peak
     weight_decay: ClassVar[float] = 1e-4
-    step: ClassVar[int] = 32  # images; a task makes several of each
+    batch: ClassVar[int] = 32  # images; a task makes several of each
 
     def __init__(self, image_size: int, epochs: int | None, seed: int) -> None:
         super().__init__(image_size)
@@ -56,7 +56,7 @@ class SelfSupervised(Method):
     def fit(self, images: torch.Tensor, show: Show = show_nothing) -> None:
         """Train, then learn what good images' features are. The seed decides all that is random."""
         torch.manual_seed(self.seed)
-        self._train(self.task().to(self.device), images, show)
+        self._train(self.task(len(images)).to(self.device), images, show)
         show(1, "features of the good images")
         self.eval()
         with torch.inference_mode():
@@ -64,7 +64,7 @@ class SelfSupervised(Method):
         self.learn_features(torch.cat(batches))
 
     def _train(self, task: nn.Module, images: torch.Tensor, show: Show) -> None:
-        steps = math.ceil(len(images) / self.step)
+        steps = math.ceil(len(images) / self.batch)
         parameters = [p for p in task.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(parameters, self.lr, weight_decay=self.weight_decay)
         scheduler = torch.optim.lr_scheduler.OneCycleLR(
@@ -74,7 +74,7 @@ class SelfSupervised(Method):
         task.train()
         for epoch in range(1, self.epochs + 1):
             losses = []
-            # Of even size: BatchNorm could not train on a single image left over.
+            # Of even size: a single image left over would have no other to differ from.
             for chosen in torch.randperm(len(images)).tensor_split(steps):
                 loss = task(images[chosen].to(self.device))
                 optimizer.zero_grad()
@@ -87,8 +87,8 @@ class SelfSupervised(Method):
             self.losses.append({"epoch": epoch, "loss": float(np.mean(losses))})
 
     @abstractmethod
-    def task(self) -> nn.Module:
-        """What the trunk learns, with a head of random weights."""
+    def task(self, count: int) -> nn.Module:
+        """What the trunk learns of so many images, with a head of random weights."""
 
     def learn_features(self, features: torch.Tensor) -> None:
         """Learn what is compared with: the trunk's features of the good images."""
@@ -112,7 +112,7 @@ class Rotation(SelfSupervised):
         super().__init__(image_size, epochs, seed)
         self.head = nn.Linear(self.trunk.width, TURNS)
 
-    def task(self) -> nn.Module:
+    def task(self, count: int) -> nn.Module:
         self.head.reset_parameters()  # now the seed counts
         return RotationTask(self.trunk, self.head)
 
@@ -144,7 +144,7 @@ class CutPaste(SelfSupervised):
     typical: torch.Tensor  # (channels, height, width)
     precision: torch.Tensor  # (channels, channels)
 
-    def task(self) -> nn.Module:
+    def task(self, count: int) -> nn.Module:
         return CutPasteTask(self.trunk)
 
     def learn_features(self, features: torch.Tensor) -> None:
@@ -185,7 +185,7 @@ class SimCLR(Contrastive):
 
     name = "simclr"
 
-    def task(self) -> nn.Module:
+    def task(self, count: int) -> nn.Module:
         return SimCLRTask(self.trunk, self.image_size)
 
 
@@ -194,5 +194,5 @@ class MoCo(Contrastive):
 
     name = "moco"
 
-    def task(self) -> nn.Module:
-        return MoCoTask(self.trunk, self.image_size)
+    def task(self, count: int) -> nn.Module:
+        return MoCoTask(self.trunk, self.image_size, queue=max(1, count // 2))
