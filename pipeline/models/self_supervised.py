@@ -106,7 +106,7 @@ class Rotation(SelfSupervised):
     """
 
     name = "rotation"
-    default_epochs = 10
+    default_epochs = 3
 
     def __init__(self, image_size: int, epochs: int | None, seed: int) -> None:
         super().__init__(image_size, epochs, seed)
