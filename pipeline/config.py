@@ -364,10 +364,14 @@ class DetectAnomalyConfig(StageConfig):
     fold: int | None = Field(
         None, ge=0, description="fold of the dataset instead of its single split"
     )
-    method: Literal["cosine", "mahalanobis", "padim", "patchcore"] = Field(
+    method: Literal[
+        "cosine", "mahalanobis", "padim", "patchcore", "rotation", "cutpaste", "simclr", "moco"
+    ] = Field(
         "patchcore",
         description="distance of an image's mean features (cosine, mahalanobis) or of its patches "
-        "(padim: a part always lies in one place; patchcore)",
+        "(padim: a part always lies in one place; patchcore); the others train a network first, to "
+        "tell quarter turns (rotation) or pasted patches (cutpaste), or to find an image's other "
+        "view (simclr, moco)",
     )
     image_size: int = Field(
         224, ge=32, multiple_of=32, description="width and height the method sees, in pixels"
@@ -375,7 +379,10 @@ class DetectAnomalyConfig(StageConfig):
     coreset: float = Field(
         0.01, gt=0, le=1, description="part of the good patches that patchcore keeps"
     )
-    seed: Seed = Field(0, description="seed of patchcore's choice of patches")
+    epochs: PositiveInt | None = Field(
+        None, description="passes of a training over the good images (default: the method's own)"
+    )
+    seed: Seed = Field(0, description="seed of everything random")
     device: str = Field("auto", description="auto, cpu, mps or 0")
 
 

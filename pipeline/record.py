@@ -48,6 +48,7 @@ PACKAGES = (
     "numpy",
     "peft",
     "scikit-learn",
+    "lightly",
     "zuko",
 )
 

@@ -91,6 +91,26 @@ def test_mvtec_protocol(category: Path, tmp_path: Path, method: str) -> None:
         assert heat[inside].mean() > heat[~inside].mean()
 
 
+@pytest.mark.parametrize("method", ["rotation", "cutpaste", "simclr", "moco"])
+def test_methods_that_train(category: Path, tmp_path: Path, method: str) -> None:
+    out = tmp_path / "out"
+    figures = run(category, out, method, epochs=2)
+    assert (figures["method"], figures["good_images"], figures["images"]) == (method, 10, 6)
+    assert 0 <= figures["image"]["auroc"] <= 1
+    header, *rows = (out / "results.csv").read_text().splitlines()
+    assert header == "epoch,loss"
+    assert [row.split(",")[0] for row in rows] == ["1", "2"]
+    assert cv2.imread(str(out / "curves.png")) is not None
+    image = read_image(category / "test" / "stain" / "000.png")
+    loaded = anomaly.load(out)
+    score, heat_map = loaded.score(resized(image, loaded.image_size)[None])
+    scored = {entry.file_name: entry for entry in read_scores(out)}["stain__000.png"]
+    assert scored.score == pytest.approx(float(score), rel=1e-3)
+    assert scored.high == pytest.approx(float(heat_map.max()), rel=1e-3)
+    run(category, out, "cosine", force=True)
+    assert not (out / "results.csv").exists() and not (out / "curves.png").exists()
+
+
 def test_ids_and_names_are_those_of_the_converted_category(category: Path, tmp_path: Path) -> None:
     convert.run(build(ConvertConfig, {"source": category, "out": tmp_path / "data"}))
     run(category, tmp_path / "out", "cosine")
@@ -198,6 +218,7 @@ def test_the_command(category: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     for more, expected in (
         ([], f"--out: {out} holds a finished result; give --force to replace it"),
         (["--image-size", "100"], "--image-size: expected a multiple of 32, found '100'"),
+        (["--epochs", "0"], "--epochs: expected greater than 0, found '0'"),
         (["--coreset", "0"], "--coreset: expected greater than 0, found '0'"),
         (["--source", str(tmp_path / "x")],
          f"--source: expected a folder in MVTec layout, found nothing there: {tmp_path / 'x'}"),

@@ -18,10 +18,12 @@ from pipeline.data import tensors
 from pipeline.errors import UserError
 from pipeline.models.anomaly_features import Cosine, Mahalanobis, PaDiM, PatchCore
 from pipeline.models.anomaly_method import Method
+from pipeline.models.self_supervised import CutPaste, MoCo, Rotation, SimCLR
 
 FILE = "model.safetensors"  # in the output folder of `pipeline detect-anomaly`
 METHODS: dict[str, type[Method]] = {
-    method.name: method for method in (Cosine, Mahalanobis, PaDiM, PatchCore)
+    method.name: method
+    for method in (Cosine, Mahalanobis, PaDiM, PatchCore, Rotation, CutPaste, SimCLR, MoCo)
 }
 
 

@@ -9,20 +9,23 @@ and `PatchCore` compare patches: an image's features at stride 8, beside those o
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import timm
 import torch
-from sklearn.covariance import LedoitWolf
 from torch import nn
 from torch.nn import functional as F
 
 from pipeline.models.anomaly_method import BATCH, Method, Scored, Show, show_nothing
+from pipeline.models.image_distances import (
+    Levels,
+    cosine,
+    gaussian,
+    mahalanobis,
+    over_norm_of_mean,
+)
 from pipeline.models.imagenet import LITE0_MEAN, LITE0_STD, efficientnet_lite0
-
-Levels = Sequence[torch.Tensor]  # features (n, channels, height, width) from fine to coarse
 
 
 class Backbone(nn.Module):
@@ -93,8 +96,7 @@ class FeatureMethod(Method):
 
 # ---- Distances of whole images ---------------------------------------------------------------
 #
-# Both are sums over channels, and a mean feature is a mean over places. So each place has its part
-# of the distance, and the heat map shows these parts: before it is smoothed, its mean is the score.
+# The heat map shows each place's part: before it is smoothed, its mean is the score.
 
 
 class Cosine(FeatureMethod):
@@ -108,69 +110,35 @@ class Cosine(FeatureMethod):
     fitted = ("fine", "middle", "coarse")  # the good images' features over the norm of their means
 
     def fit_features(self, levels: Levels) -> None:
-        self.learn(dict(zip(self.fitted, map(_over_norm_of_mean, levels), strict=True)))
+        self.learn(dict(zip(self.fitted, map(over_norm_of_mean, levels), strict=True)))
 
     def score_features(self, levels: Levels) -> Scored:
-        own = [_over_norm_of_mean(level) for level in levels]
-        known = [self.get_buffer(name) for name in self.fitted]
-        similarity = sum(_mean(mine) @ _mean(good).T for mine, good in zip(own, known, strict=True))
-        assert isinstance(similarity, torch.Tensor)
-        most, nearest = similarity.max(dim=1)
-        parts = []
-        for mine, good in zip(own, known, strict=True):
-            # Of unit vectors a and b, 1 - a·b is half of (a - b)·(a - b).
-            difference = mine - good[nearest]
-            parts.append((difference * _mean(difference)[:, :, None, None]).sum(dim=1) / 2)
-        return 1 - most.cpu() / len(levels), self.heat_maps(_sum(parts) / len(levels))
+        good = [self.get_buffer(name) for name in self.fitted]
+        scores, parts = cosine([over_norm_of_mean(level) for level in levels], good)
+        return scores.cpu(), self.heat_maps(parts)
 
 
 class Mahalanobis(FeatureMethod):
     """Mahalanobis distance to a Gaussian of the good images, the sum over levels.
 
     Rippel et al., Modeling the Distribution of Normal Data in Pre-Trained Deep Features for Anomaly
-    Detection, ICPR 2020, arXiv 2005.14140; the covariance is shrunk as Ledoit and Wolf (2004) have
-    it.
+    Detection, ICPR 2020, arXiv 2005.14140.
     """
 
     name = "mahalanobis"
-    typical = ("typical_fine", "typical_middle", "typical_coarse")  # means at each place
-    precision = ("precision_fine", "precision_middle", "precision_coarse")
-    fitted = (*typical, *precision)
+    fitted = (
+        "typical_fine", "typical_middle", "typical_coarse",
+        "precision_fine", "precision_middle", "precision_coarse",
+    )  # fmt: skip
 
     def fit_features(self, levels: Levels) -> None:
-        for level, typical, precision in zip(levels, self.typical, self.precision, strict=True):
-            gaussian = LedoitWolf().fit(_mean(level).cpu().double().numpy())
-            inverse = torch.from_numpy(gaussian.precision_).float().to(level.device)
-            self.learn({typical: level.mean(dim=0), precision: inverse})
+        typical, precision = zip(*map(gaussian, levels), strict=True)
+        self.learn(dict(zip(self.fitted, [*typical, *precision], strict=True)))
 
     def score_features(self, levels: Levels) -> Scored:
-        parts, scores = [], torch.zeros(len(levels[0]), device=levels[0].device)
-        for level, typical, precision in zip(levels, self.typical, self.precision, strict=True):
-            difference = level - self.get_buffer(typical)
-            mean = _mean(difference)
-            weights = mean @ self.get_buffer(precision)
-            distance = (weights * mean).sum(dim=1).clamp_min(1e-12).sqrt()
-            weighted = difference * (weights / distance[:, None])[:, :, None, None]
-            parts.append(weighted.sum(dim=1))
-            scores += distance
-        return scores.cpu(), self.heat_maps(_sum(parts))
-
-
-def _mean(level: torch.Tensor) -> torch.Tensor:
-    """(n, channels): the mean over places."""
-    return level.mean(dim=(2, 3))
-
-
-def _over_norm_of_mean(level: torch.Tensor) -> torch.Tensor:
-    return level / _mean(level).norm(dim=1)[:, None, None, None]
-
-
-def _sum(maps: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The sum of maps (n, h, w) of several sizes, in the first one's."""
-    total = torch.zeros_like(maps[0])
-    for single in maps:
-        total += F.interpolate(single[:, None], total.shape[1:], mode="nearest-exact")[:, 0]
-    return total
+        learned = [self.get_buffer(name) for name in self.fitted]
+        scores, parts = mahalanobis(levels, list(zip(learned[:3], learned[3:], strict=True)))
+        return scores.cpu(), self.heat_maps(parts)
 
 
 # ---- Distances of patches --------------------------------------------------------------------

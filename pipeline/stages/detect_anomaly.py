@@ -1,7 +1,8 @@
 """Learn from good images alone; score all others, with heat maps.
 
 Output folder: model.safetensors (what was learned, see `pipeline.models.anomaly`), scores.json and
-heatmaps/ (see `pipeline.data.heatmaps`), metrics.json, config.yaml, run.json.
+heatmaps/ (see `pipeline.data.heatmaps`), metrics.json, config.yaml, run.json; and of a method that
+trains a network, results.csv and curves.png, the loss of each epoch.
 
 metrics.json. Null stands for a figure that the data do not define, such as those at a threshold
 where there is no val split with defects to choose it on.
@@ -39,7 +40,7 @@ from pipeline.data import anomaly as figures
 from pipeline.data import heatmaps, one_class
 from pipeline.data.files import read_image, write_json
 from pipeline.data.one_class import OneClass, Picture
-from pipeline.models import anomaly
+from pipeline.models import anomaly, training
 from pipeline.models.anomaly_method import BATCH, Method
 from pipeline.models.classifier import resized
 from pipeline.models.device import torch_device
@@ -65,6 +66,9 @@ def run(config: DetectAnomalyConfig) -> None:
             images, lambda done, words: progress.update(bar, completed=done, description=words)
         )
     anomaly.save(method, config.out)
+    if method.losses:
+        training.write_results(config.out / "results.csv", method.losses)
+        training.plot_curves(config.out / "curves.png", method.losses, [["loss"]])
     fitted = time.monotonic()
     _score(method, source, config.out)
     seconds = {"training": fitted - started, "inference": time.monotonic() - fitted}
@@ -89,7 +93,7 @@ def run(config: DetectAnomalyConfig) -> None:
 def _remove_results(out: Path) -> None:
     """Remove what an earlier run has left, which would not be overwritten at once."""
     shutil.rmtree(out / heatmaps.FOLDER, ignore_errors=True)
-    for name in (anomaly.FILE, heatmaps.SCORES, "metrics.json"):
+    for name in (anomaly.FILE, heatmaps.SCORES, "metrics.json", "results.csv", "curves.png"):
         (out / name).unlink(missing_ok=True)
 
 
