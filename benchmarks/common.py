@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import os
 import platform
@@ -35,6 +36,16 @@ from pipeline.stages import convert
 # the stage's options.
 Stage = tuple[Sequence[str], StageConfig]
 Bar = tuple[float, tuple[float, float]]  # a figure and its interval
+
+
+def parser(name: str, doc: str) -> argparse.ArgumentParser:
+    """The options that the benchmarks on MVTec AD share; `name` is that of the folder."""
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--mvtec-root", type=Path, required=True, help="holds the category")
+    parser.add_argument("--work", type=Path, default=Path(f"runs/benchmark-{name}"))
+    parser.add_argument("--add", action="store_true", help="keep the other rows of results.json")
+    parser.add_argument("--jobs", type=int, default=1, help="trainings at a time")
+    return parser
 
 
 @contextmanager

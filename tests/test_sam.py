@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import pickle
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -780,3 +781,24 @@ def test_a_checkpoint_from_before_calibration(lite: Sam, tmp_path: Path) -> None
     state = {key: tensor.contiguous() for key, tensor in lite.state_dict().items()}
     save_file(state, path, {"architecture": "sam-lite", "zoom": "1.5"})
     assert load_sam(str(path)).calibration == Calibration(1, 0)
+
+
+def test_depthwise_convolutions_keep_float32_under_mixed_precision() -> None:
+    """And a copy, such as the averaged weights of a training, computes with its own weights."""
+    torch.manual_seed(0)
+    encoder = sam_lite.LiteEncoder()
+    copied = copy.deepcopy(encoder)
+    name, conv = next(
+        (name, module)
+        for name, module in encoder.named_modules()
+        if isinstance(module, torch.nn.Conv2d) and module.groups > 1
+    )
+    x = torch.randn(1, conv.in_channels, 16, 16).bfloat16()
+    expected = torch.nn.functional.conv2d(
+        x.float(), conv.weight, None, conv.stride, conv.padding, conv.dilation, conv.groups
+    )
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(conv(x), expected.bfloat16(), rtol=0, atol=0)
+        copied.get_submodule(name).weight.zero_()
+        assert not copied.get_submodule(name)(x).any()
+        assert conv(x).any()

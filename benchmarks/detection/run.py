@@ -78,9 +78,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--mvtec-root", type=Path, required=True, help="holds the category")
-    parser.add_argument("--work", type=Path, default=Path("runs/benchmark-detection"))
+    parser = common.parser("detection", __doc__)
     parser.add_argument(
         "--checkpoint", type=Path, help=f"plain YOLOv8n that all methods but {SHIPPED} start from"
     )
@@ -102,8 +100,6 @@ def parser() -> argparse.ArgumentParser:
         action="store_false",
         help="leave out the image classifiers, which take as long as the detectors",
     )
-    parser.add_argument("--add", action="store_true", help="keep the other rows of results.json")
-    parser.add_argument("--jobs", type=int, default=1, help="trainings at a time")
     return parser
 
 

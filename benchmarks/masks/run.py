@@ -100,10 +100,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--mvtec-root", type=Path, required=True, help="holds the category")
+    parser = common.parser("masks", __doc__)
     parser.add_argument("--category", default="transistor")
-    parser.add_argument("--work", type=Path, default=Path("runs/benchmark-masks"))
     parser.add_argument(
         "--detections", type=Path, help="folder with the output of `pipeline segment` in fold0, ..."
     )
@@ -114,8 +112,6 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--views", nargs="+", choices=VIEWS, default=[*VIEWS], help="what methods see (both)"
     )
-    parser.add_argument("--add", action="store_true", help="keep the other rows of results.json")
-    parser.add_argument("--jobs", type=int, default=1, help="trainings at a time")
     return parser
 
 

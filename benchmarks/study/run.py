@@ -95,10 +95,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--mvtec-root", type=Path, required=True, help="holds the category")
+    parser = common.parser("study", __doc__)
     parser.add_argument("--category", default="transistor")
-    parser.add_argument("--work", type=Path, default=Path("runs/benchmark-study"))
     names = [row.method for row in rows()]
     parser.add_argument(
         "--methods",
@@ -114,8 +112,6 @@ def parser() -> argparse.ArgumentParser:
         help=f"output folders of `pipeline segment` on the folds, with {FOLD} in the path, for "
         f"{DETECTOR} in place of a training",
     )
-    parser.add_argument("--add", action="store_true", help="keep the other rows of results.json")
-    parser.add_argument("--jobs", type=int, default=1, help="trainings at a time")
     return parser
 
 

@@ -61,12 +61,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--mvtec-root", type=Path, required=True, help="holds the category")
-    parser.add_argument("--work", type=Path, default=Path("runs/benchmark-unknown"))
+    parser = common.parser("unknown", __doc__)
     parser.add_argument("--classes", nargs="+", metavar="CLASS", help="left out (default: each)")
-    parser.add_argument("--add", action="store_true", help="keep the other rows of results.json")
-    parser.add_argument("--jobs", type=int, default=1, help="trainings at a time")
     return parser
 
 

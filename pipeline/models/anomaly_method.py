@@ -25,9 +25,8 @@ def show_nothing(done: float, words: str) -> None:
 class Method(nn.Module, ABC):
     """An anomaly detector, made with random weights: `begin` and `fit` come first.
 
-    What it has learned is its state. Images are (n, 3, image_size,
-    image_size) uint8 RGB, best made by `pipeline.models.classifier.resized`, and may lie on
-    another device than the method.
+    What it has learned is its state. Images are (n, 3, image_size, image_size) uint8 RGB, best made
+    by `pipeline.models.classifier.resized`, and may lie on another device than the method.
     """
 
     name: ClassVar[str]

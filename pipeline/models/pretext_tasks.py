@@ -23,8 +23,7 @@ from pipeline.models.imagenet import LITE0_MEAN, LITE0_STD, efficientnet_lite0
 FROZEN = 3  # blocks of the trunk below stride 16, which keep ImageNet's weights
 TURNS = 4
 
-# What CutPaste draws from (section 2.2 and appendix A of arXiv 2104.04015). Its scars are given in
-# pixels of images of 256.
+# What CutPaste draws from (arXiv 2104.04015). Its scars are given in pixels of images of 256.
 AREA = (0.02, 0.15)  # of a patch, part of the image
 ASPECT = ((0.3, 1.0), (1.0, 3.3))  # one or the other
 SCAR_WIDTH, SCAR_LENGTH, SCAR_IMAGE = (2.0, 16.0), (10.0, 25.0), 256

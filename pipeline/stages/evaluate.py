@@ -273,9 +273,9 @@ def _read_run(
 ) -> list[runs.Answers]:
     """What a run to compare says of each part's images."""
     answers = [
-        runs.read(of_fold(path, p.fold), p.fold, classes, p.samples, p.val)
-        if p.fold is not None
-        else runs.read(path, None, classes, p.samples, p.val)
+        runs.read(
+            path if p.fold is None else of_fold(path, p.fold), p.fold, classes, p.samples, p.val
+        )
         for p in parts
     ]
     methods = sorted({its.method for its in answers})
