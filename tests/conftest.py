@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     Some are compared bit by bit with one in a process of its own, which those that Ultralytics'
     own trainer has had in a process before do not survive; and they take the longest.
     """
-    items.sort(key=lambda item: item.path.name != "test_finetune_yolo.py")
+    items.sort(key=lambda item: not item.path.name.startswith("test_finetune_yolo"))
 
 
 @pytest.fixture(scope="session")
@@ -32,6 +33,17 @@ def mvtec_root() -> Path:
         give_up = pytest.fail if os.environ.get("PIPELINE_REQUIRE_MVTEC") else pytest.skip
         give_up(f"PIPELINE_MVTEC_ROOT: expected a folder with transistor/, found {root}")
     return root
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """PyTorch computes with one thread: the same bits every time, and tests share the cores."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -40,14 +39,6 @@ def correlation(true: torch.Tensor, found: torch.Tensor) -> float:
     """Mean absolute correlation of each true source with the one that is matched to it."""
     both = np.abs(np.corrcoef(true.T.numpy(), found.T.numpy()))[:DIMENSIONS, DIMENSIONS:]
     return float(both[linear_sum_assignment(-both)].mean())
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def fitted(seed: int, epochs: int, truthful: bool = True) -> tuple[float, float]:
