@@ -55,7 +55,7 @@ def _stages(config: RunConfig) -> Iterator[tuple[str, dict[str, Any]]]:
         for section, options in models.items():
             yield section, {"fold": k, **_of_fold(options, k)}
     together = out if fold in (None, "all") else out / f"fold{fold}"
-    predictions = models["segment"]["out"]
+    predictions, anomaly = models["segment"]["out"], models.get("detect_anomaly")
     evaluate = {
         "data": data,
         "predictions": predictions,
@@ -63,6 +63,7 @@ def _stages(config: RunConfig) -> Iterator[tuple[str, dict[str, Any]]]:
         "classifiers": [
             models[f"finetune_classifier.{n}"]["out"] for n in config.finetune_classifier
         ],
+        "anomaly": None if anomaly is None else anomaly["out"],
         "out": together / "evaluation",
         **config.evaluate,
     }
@@ -76,6 +77,7 @@ def _stages(config: RunConfig) -> Iterator[tuple[str, dict[str, Any]]]:
         "fold": fold,
         "predictions": predictions,
         "evaluation": evaluate["out"],
+        "heat_maps": evaluate["anomaly"],
         "split": config.evaluate.get("split", "test"),
         "out": together / "review.mp4",
         **config.overlay,
@@ -85,6 +87,7 @@ def _stages(config: RunConfig) -> Iterator[tuple[str, dict[str, Any]]]:
         "data": data,
         "predictions": predictions,
         "evaluation": evaluate["out"],
+        "heat_maps": evaluate["anomaly"],
         "video": overlay["out"],
         "out": together / "report",
         **config.report,
@@ -113,6 +116,9 @@ def _models(config: RunConfig, data: Path, out: Path) -> Iterator[tuple[str, dic
     for name, options in config.finetune_classifier.items():
         classifier = {"data": data, "out": out / "classifiers" / name, **options}
         yield f"finetune_classifier.{name}", classifier
+    if config.detect_anomaly is not None:
+        anomaly = {"source": data, "out": out / "anomaly", **config.detect_anomaly}
+        yield "detect_anomaly", anomaly
     yield "segment", segment
     measured = config.evaluate.get("split", "test")
     truth_boxes = {**segment, "boxes": "truth", "out": out / "truth_boxes", "splits": (measured,)}

@@ -62,6 +62,7 @@ CONFIG: dict[str, Any] = {
             "offline": True,
         }
     },
+    "detect_anomaly": {"image_size": SIDE, "device": "cpu"},
     "segment": {"min_score": 0.0, "max_boxes": 2, "flip": False, "device": "cpu"},
     "evaluate": {"resamples": 10},
 }
@@ -167,14 +168,16 @@ def test_every_row_has_the_figures_of_its_evaluation(results: dict[str, Any], wo
         alarms = metrics["good_images"]["false_alarms_per_image"]
         assert row["false_alarms_per_good_image"] == alarms
         decisions = row["image_decision"]
-        assert [*decisions] == ["detector", CLASSIFIER, "majority"]
+        together = [] if method in baselines.BASELINES else ["detector_with_anomaly"]
+        assert [*decisions] == ["detector", *together, CLASSIFIER, "majority"]
         assert all(np.sum(scores["confusion"]) == 14 for scores in decisions.values())
         assert row["intervals"]["map50"] == metrics["intervals"]["box.map50"]
         assert "false_alarms_per_good_image" in row["intervals"]
         assert not any("mask" in key or "box." in key for key in row["intervals"])
         assert row["errors"] == metrics["errors"]
-        assert row["image_accuracy"] == decisions["detector"]["accuracy"]
-        assert row["balanced_accuracy"] == decisions["detector"]["balanced_accuracy"]
+        decided = decisions[together[0] if together else "detector"]
+        assert row["image_accuracy"] == decided["accuracy"]
+        assert row["balanced_accuracy"] == decided["balanced_accuracy"]
         assert len(row["minutes"]) == len(row["map50_per_fold"]) == 2
         assert all(minutes is not None for minutes in row["minutes"])
         assert min(row["minutes"]) <= row["minutes_per_fold"] <= max(row["minutes"])
@@ -188,7 +191,7 @@ def test_every_row_has_the_figures_of_its_evaluation(results: dict[str, Any], wo
 def test_what_rows_have_in_common_is_made_once(
     results: dict[str, Any], calls: list[str], work: Path
 ) -> None:
-    trained = [c for c in calls[:23] if not c.startswith(("evaluate", "segment"))]
+    trained = [c for c in calls[:25] if not c.startswith(("evaluate", "segment"))]
     expected = {
         f"{name} fold{fold}/{out}"
         for fold in range(2)
@@ -200,9 +203,10 @@ def test_what_rows_have_in_common_is_made_once(
         )
     }
     expected |= {f"finetune-sam segmenters/fold{fold}" for fold in range(2)}
+    expected |= {f"detect-anomaly anomaly/fold{fold}" for fold in range(2)}
     rendered = {"synth": "mvtec", "convert": "dataset", "finetune-yolo": "detector"}
     expected |= {f"{name} pretrained/{out}" for name, out in rendered.items()}
-    assert set(trained) == expected and len(trained) == 15
+    assert set(trained) == expected and len(trained) == 17
     decisions = [row["image_decision"] for row in results["summary"].values()]
     assert all(d[CLASSIFIER] == decisions[0][CLASSIFIER] for d in decisions)
 

@@ -40,6 +40,7 @@ CONFIG: dict[str, Any] = {
         "offline": True,
     },
     "finetune_sam": {"model": "sam-lite", "epochs": 1},
+    "detect_anomaly": {"image_size": SIDE, "device": "cpu"},
     "segment": {"min_score": 0.0, "max_boxes": 2, "flip": False, "device": "cpu"},
     "evaluate": {"resamples": 10},
 }
@@ -87,7 +88,6 @@ def calls(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(benchmark, "CONFIG", config)
-        patch.setattr(benchmark, "ANOMALY", {"method": "patchcore", "image_size": SIDE})
         patch.setattr(benchmark, "HERE", tmp_path_factory.mktemp("here"))
         patch.setattr(finetune_yolo, "PromptTrainer", without_plots)
         patch.setattr(subprocess, "run", in_this_process)

@@ -165,13 +165,14 @@ def settings(out: Path, **changes: Any) -> RunConfig:
         "synth": {"seed": 1},
         "finetune_sam": {},
         "finetune_classifier": {"small": {"model": "resnet18"}, "large": {"model": "resnet50"}},
+        "detect_anomaly": {},
     }
     return build(RunConfig, values | changes)
 
 
 ALL = [
-    "mvtec", "dataset", "detector", "segmenter", "small", "large", "predictions", "truth_boxes",
-    "evaluation", "review.mp4", "report",
+    "mvtec", "dataset", "detector", "segmenter", "small", "large", "anomaly", "predictions",
+    "truth_boxes", "evaluation", "review.mp4", "report",
 ]  # fmt: skip
 
 
@@ -189,8 +190,9 @@ def test_stages_are_linked_by_their_folders(tmp_path: Path) -> None:
     for name in ("detector", "small", "large", "evaluation"):
         assert (stages[name].data, stages[name].fold) == (stages["dataset"].out, 2)
     assert (stages["segmenter"].data, stages["segmenter"].fold) == ((stages["dataset"].out,), 2)
-    for name in ("predictions", "truth_boxes"):
+    for name in ("anomaly", "predictions", "truth_boxes"):
         assert (stages[name].source, stages[name].fold) == (stages["dataset"].out, 2)
+    for name in ("predictions", "truth_boxes"):
         assert stages[name].sam == str(stages["segmenter"].out / "sam.safetensors")
     assert stages["detector"].model == "start.pt"
     assert stages["predictions"].boxes == str(stages["detector"].out / "detector.pt")
@@ -202,6 +204,7 @@ def test_stages_are_linked_by_their_folders(tmp_path: Path) -> None:
     assert evaluation.classifiers == (stages["small"].out, stages["large"].out)
     assert (review.source, review.fold) == (stages["dataset"].out, 2)
     report = stages["report"]
+    assert evaluation.anomaly == review.heat_maps == report.heat_maps == stages["anomaly"].out
     assert (report.data, report.predictions) == (stages["dataset"].out, stages["predictions"].out)
     assert (report.evaluation, report.video) == (evaluation.out, review.out)
 
@@ -215,8 +218,8 @@ def test_without_synth_the_source_is_a_category_of_the_mvtec_root(tmp_path: Path
 
 def test_links_follow_a_folder_that_is_given(tmp_path: Path) -> None:
     elsewhere = tmp_path / "elsewhere"
-    sections = ("synth", "convert", "finetune_yolo", "finetune_sam", "segment", "evaluate")
-    changes: dict[str, Any] = {section: {"out": elsewhere / section} for section in sections}
+    sections = ("synth", "convert", "finetune_yolo", "finetune_sam", "detect_anomaly", "segment")
+    changes: dict[str, Any] = {name: {"out": elsewhere / name} for name in (*sections, "evaluate")}
     changes["finetune_classifier"] = {"one": {"out": elsewhere / "one"}}
     plan = run_stage.plan(settings(tmp_path, **changes))
     stages: dict[str, Any] = {stage.out.name: stage for _, stage in plan}
@@ -226,16 +229,23 @@ def test_links_follow_a_folder_that_is_given(tmp_path: Path) -> None:
     assert stages["segment"].sam == str(elsewhere / "finetune_sam" / "sam.safetensors")
     assert stages["evaluate"].predictions == elsewhere / "segment"
     assert stages["evaluate"].classifiers == (elsewhere / "one",)
+    assert stages["evaluate"].anomaly == elsewhere / "detect_anomaly"
 
 
 def test_without_sections_there_is_no_such_training(tmp_path: Path) -> None:
     config = settings(
-        tmp_path, finetune_sam=None, finetune_classifier={}, segment={"sam": "mobile-sam"}
+        tmp_path,
+        finetune_sam=None,
+        finetune_classifier={},
+        detect_anomaly=None,
+        segment={"sam": "mobile-sam"},
     )
     stages: dict[str, Any] = {stage.out.name: stage for _, stage in run_stage.plan(config)}
-    assert list(stages) == [n for n in ALL if n not in ("segmenter", "small", "large")]
+    left_out = ("segmenter", "small", "large", "anomaly")
+    assert list(stages) == [name for name in ALL if name not in left_out]
     assert stages["predictions"].sam == stages["truth_boxes"].sam == "mobile-sam"
     assert stages["evaluation"].classifiers == ()
+    assert stages["evaluation"].anomaly is stages["report"].heat_maps is None
 
 
 def test_the_upper_bound_and_the_video_are_of_the_split_that_is_measured(tmp_path: Path) -> None:
@@ -466,6 +476,7 @@ def test_all_folds_have_stages_of_their_own_and_one_evaluation(tmp_path: Path) -
     assert evaluation.predictions == tmp_path / "fold{fold}" / "predictions"
     assert evaluation.truth_boxes == tmp_path / "fold{fold}" / "truth_boxes"
     assert evaluation.classifiers[1] == tmp_path / "fold{fold}" / "classifiers" / "large"
+    assert evaluation.anomaly == review.heat_maps == tmp_path / "fold{fold}" / "anomaly"
     assert review.predictions == tmp_path / "evaluation" / "out_of_fold"
     assert review.threshold is None  # each image has that of its fold
     assert stages["report"].predictions == review.predictions
@@ -520,11 +531,11 @@ def test_the_time_of_each_fold_is_told(
     seconds = read_json(tmp_path / "fold1" / "detector" / "run.json")["seconds"]
     assert seconds == 90
     out = " ".join(capsys.readouterr().out.split())
-    assert "fold 0: 2.0 minutes" in out and "fold 1: 2.0 minutes" in out  # 90 + 5 x 6 seconds
+    assert "fold 0: 2.1 minutes" in out and "fold 1: 2.1 minutes" in out  # 90 + 6 x 6 seconds
     assert "fold 1, finetune-sam" in out
     assert read_json(tmp_path / "review.mp4.json")["seconds"] == 6
     run_stage.run(folds(tmp_path))  # nothing runs, but the time stays known
-    assert "fold 1: 2.0 minutes" in capsys.readouterr().out
+    assert "fold 1: 2.1 minutes" in capsys.readouterr().out
 
 
 def test_the_time_of_a_resumed_training_is_not_known(

@@ -33,7 +33,8 @@ def summarise(
     """
     minutes = [_minutes([timing["seconds"] for timing in fold]) for fold in timings]
     known = [m for m in minutes if m is not None]
-    decision = metrics["image_decision"]["detector"]
+    decisions = metrics["image_decision"]
+    decision = decisions[decider(decisions)]
     folds = metrics["folds"]
     row: dict[str, Any] = {
         "images": metrics["images"],
@@ -44,7 +45,7 @@ def summarise(
         "errors": metrics["errors"],
         "image_accuracy": decision["accuracy"],
         "balanced_accuracy": decision["balanced_accuracy"],
-        "image_decision": metrics["image_decision"],
+        "image_decision": decisions,
         "map50_per_fold": None if folds is None else [fold["box"]["map50"] for fold in folds],
         "minutes_per_fold": round(sum(known) / len(known), 1) if known else None,
         "minutes": minutes,
@@ -53,6 +54,12 @@ def summarise(
     intervals = {_renamed(key): bounds for key, bounds in metrics["intervals"].items()}
     row["intervals"] = {k: v for k, v in intervals.items() if k.split(".")[0] in row}
     return row
+
+
+def decider(decisions: Mapping[str, Any]) -> str:
+    """Which of an evaluation's models decides on the image: with anomaly scores, if there are."""
+    together = "detector_with_anomaly"
+    return together if together in decisions else "detector"
 
 
 def _minutes(seconds: Sequence[float | None]) -> float | None:
@@ -131,7 +138,10 @@ def show(summary: Mapping[str, Mapping[str, Any]]) -> None:
         recall = row["recall_at_false_alarms"]
         figures = [row["map50"], "", row["map50_95"], *row["ap50_per_class"].values()]
         figures += [None if recall is None else recall["recall"]]
-        figures += [row["false_alarms_per_good_image"], *_decision(row, "detector")]
+        figures += [
+            row["false_alarms_per_good_image"],
+            *_decision(row, decider(row["image_decision"])),
+        ]
         shown = [_number(value) for value in figures]
         if "map50" in row["intervals"]:
             shown[1] = "–".join(map(_number, row["intervals"]["map50"]))
@@ -143,7 +153,7 @@ def show(summary: Mapping[str, Mapping[str, Any]]) -> None:
         (model, *_decision(row, model)): None
         for row in summary.values()
         for model in row["image_decision"]
-        if model != "detector"
+        if model not in ("detector", decider(row["image_decision"]))
     }
     for model, *decision in others:
         blank = [""] * (len(titles) - len(decision) - 1)

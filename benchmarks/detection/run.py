@@ -188,18 +188,20 @@ def check(arguments: argparse.Namespace, chosen: Sequence[str]) -> None:
 def planned(arguments: argparse.Namespace, method: str, fold: Fold) -> Row:
     """The stages of `pipeline run CONFIG`, with what the method changes.
 
-    Dataset, segmenters and classifiers are the same for all methods, and the detectors for those
-    that do not change them. A baseline has no segmenter: its boxes stay as they are.
+    Dataset, segmenters, anomaly detectors and classifiers are the same for all methods, and the
+    detectors for those that do not change them. A baseline has neither segmenter nor anomaly
+    detector: its boxes stay as they are, and decide alone.
     """
     values = config.read_yaml(CONFIG)
     work, changes = arguments.work, CHANGES.get(method, {})
     values |= {"out": work / method, "mvtec_root": arguments.mvtec_root, "fold": fold}
     values["convert"]["out"] = work / "dataset"
     values["finetune_sam"]["out"] = work / "segmenters" / f"fold{FOLD}"
+    values["detect_anomaly"]["out"] = work / "anomaly" / f"fold{FOLD}"
     if not arguments.classifiers:
         values["finetune_classifier"] = {}
     if method in BASELINES:
-        values["finetune_sam"] = None
+        values["finetune_sam"] = values["detect_anomaly"] = None
     for name, options in values.get("finetune_classifier", {}).items():
         options["out"] = work / "classifiers" / f"fold{FOLD}" / name
     if is_pretrained(method):
@@ -238,8 +240,9 @@ def pretraining_minutes(arguments: argparse.Namespace, chosen: Sequence[str]) ->
 
 
 def trained(row: Row) -> list[str]:
-    """The trainings that the boxes of a row come from."""
-    return ["finetune-yolo"] + ["finetune-sam"] * (row.method not in BASELINES)
+    """The trainings that the boxes and the image decision of a row come from."""
+    ours = ["finetune-yolo", "finetune-sam", "detect-anomaly"]
+    return ours[:1] if row.method in BASELINES else ours
 
 
 def trainings(rows: Sequence[Row]) -> list[common.Stage]:

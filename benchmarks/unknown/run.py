@@ -24,7 +24,7 @@ from rich.table import Table
 
 from benchmarks import common
 from pipeline import config
-from pipeline.config import ConvertConfig, DetectAnomalyConfig, EvaluateConfig, StageConfig
+from pipeline.config import ConvertConfig, EvaluateConfig, StageConfig
 from pipeline.data import mvtec
 from pipeline.data.dataset import GOOD
 from pipeline.data.files import read_json, write_json
@@ -33,8 +33,6 @@ from pipeline.stages import run as runs
 
 HERE = Path(__file__).parent
 CONFIG = HERE.parents[1] / "configs" / "transistor-5fold.yaml"
-METHOD = "patchcore"  # of `pipeline detect-anomaly`
-ANOMALY: dict[str, Any] = {"method": METHOD}  # its options
 COLOURS = {  # of the bars: Okabe and Ito's, which the colour-blind can tell apart
     "detector": "#999999",
     "detector_lowered": "#0072B2",
@@ -68,7 +66,7 @@ def parser() -> argparse.ArgumentParser:
 
 def run(arguments: argparse.Namespace) -> None:
     chosen = classes(arguments)
-    about = {"config": f"configs/{CONFIG.name}", "anomaly": METHOD}
+    about = {"config": f"configs/{CONFIG.name}"}
     if arguments.add:
         common.check_joins(HERE / "results.json", about)
     rows = [planned(arguments, unseen) for unseen in chosen]
@@ -113,7 +111,7 @@ def classes(arguments: argparse.Namespace) -> list[str]:
 
 
 def planned(arguments: argparse.Namespace, unseen: str) -> Row:
-    """The stages of `pipeline run CONFIG` on a single split, and the anomaly detector's."""
+    """The stages of `pipeline run CONFIG` on a single split."""
     values = config.read_yaml(CONFIG)
     out = arguments.work / unseen
     values |= {"out": out, "mvtec_root": arguments.mvtec_root, "fold": None}
@@ -124,17 +122,12 @@ def planned(arguments: argparse.Namespace, unseen: str) -> Row:
         planned.setdefault(name, stage)  # of two segments, the one with the detector's boxes
     convert, evaluate = planned["convert"], planned["evaluate"]
     assert isinstance(convert, ConvertConfig) and isinstance(evaluate, EvaluateConfig)
-    learned = {"source": convert.out, "out": out / "anomaly", **ANOMALY}
-    anomaly = config.build(DetectAnomalyConfig, learned)
     return Row(
         unseen,
         convert,
-        [
-            (common.pipeline("finetune-yolo"), planned["finetune-yolo"]),
-            (common.pipeline("detect-anomaly"), anomaly),
-        ],
+        [(common.pipeline(name), planned[name]) for name in ("finetune-yolo", "detect-anomaly")],
         (common.pipeline("segment"), planned["segment"]),
-        evaluate.model_copy(update={"truth_boxes": None, "anomaly": anomaly.out}),
+        evaluate.model_copy(update={"truth_boxes": None}),
     )
 
 

@@ -11,7 +11,7 @@ from pydantic import AfterValidator, Field, model_validator
 from pipeline.config.base import FOLD, Config, FoldOrAll, LogFolder, StageConfig
 from pipeline.config.datasets import ConvertConfig, SynthConfig
 from pipeline.config.evaluation import EvaluateConfig
-from pipeline.config.predictions import SegmentConfig
+from pipeline.config.predictions import DetectAnomalyConfig, SegmentConfig
 from pipeline.config.review import OverlayConfig, ReportConfig
 from pipeline.config.trainings import (
     FinetuneClassifierConfig,
@@ -25,6 +25,7 @@ SECTIONS: dict[str, type[StageConfig]] = {  # of a run: the options of one stage
     "finetune_yolo": FinetuneYoloConfig,
     "finetune_sam": FinetuneSamConfig,
     "finetune_classifier": FinetuneClassifierConfig,
+    "detect_anomaly": DetectAnomalyConfig,
     "segment": SegmentConfig,
     "evaluate": EvaluateConfig,
     "overlay": OverlayConfig,
@@ -80,6 +81,9 @@ class RunConfig(Config):
     finetune_classifier: dict[
         str, Annotated[dict[str, Any], _options_of("finetune_classifier")]
     ] = Field(default_factory=dict)  # by name
+    detect_anomaly: Annotated[dict[str, Any], _options_of("detect_anomaly")] | None = (
+        None  # None: decide by the boxes alone
+    )
     segment: Annotated[dict[str, Any], _options_of("segment")] = Field(default_factory=dict)
     evaluate: Annotated[dict[str, Any], _options_of("evaluate")] = Field(default_factory=dict)
     overlay: Annotated[dict[str, Any], _options_of("overlay")] = Field(default_factory=dict)
@@ -108,6 +112,7 @@ class RunConfig(Config):
             raise ValueError(f"evaluate.split: expected 'test' for fold all, found {found!r}")
         per_fold = {"finetune_yolo": self.finetune_yolo, "segment": self.segment}
         per_fold |= {"finetune_sam": self.finetune_sam or {}}
+        per_fold |= {"detect_anomaly": self.detect_anomaly or {}}
         per_fold |= {f"finetune_classifier.{k}": v for k, v in self.finetune_classifier.items()}
         for section, options in per_fold.items():
             if FOLD not in str(options.get("out", FOLD)):

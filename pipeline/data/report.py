@@ -155,6 +155,11 @@ def notes(metrics: Metrics) -> list[str]:
             "count above another score, at which they call as many good images defective as both "
             "do; the gain is that of both over these."
         )
+    if "detector_with_anomaly" in metrics["image_decision"]:
+        lines.append(
+            "'detector_with_anomaly' calls an image defective by the score of its best box and its "
+            "anomaly score together, weighed as the val split teaches; its class is the box's."
+        )
     if (cost := metrics.get("cost")) is not None:  # which older evaluations do not have
         lines.append(
             f"Wrong decisions cost {cost['total']:g}, {cost['per_image']:.3g} an image: "

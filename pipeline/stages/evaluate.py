@@ -16,14 +16,15 @@ detector that does not know it has an AP and a recall of 0 there, which count in
 
 With anomaly scores, of --anomaly or of the predictions themselves, an image on which no box counts
 but whose anomaly score is at its threshold or above is 'anomalous, no known class': its decision in
-images.csv is `unknown`. The section `unknown` says what that is worth; all other figures are of the
-boxes alone.
+images.csv is `unknown`. The section `unknown` says what that is worth. `detector_with_anomaly`
+decides by both scores (pipeline/data/joint_decision.py), where the val split has predictions and
+anomaly scores of good and of defective images. All other figures are of the boxes alone.
 
 metrics.json. Null stands for a figure that the data do not define (the AP of a class without truth,
 false alarms without good images); `mask` is null for predictions without masks; `truth_boxes` and
 `published` are null where there are none, `review` and its parts for masks without a quality. `<c>`
-is a defect class; `<m>` is `detector`, the name of a classifier, or `majority` (always the split's
-most frequent class, which is named in `.class`).
+is a defect class; `<m>` is `detector`, `detector_with_anomaly`, the name of a classifier, or
+`majority` (always the split's most frequent class, which is named in `.class`).
 
     split, fold, images, classes       name, fold, `all` or null, count of images, defect classes
     instances, instances_per_class.<c> count of true instances
@@ -84,7 +85,7 @@ import csv
 import dataclasses
 import io
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,6 +101,7 @@ from pipeline.data import (
     error_page,
     evaluation,
     heatmaps,
+    joint_decision,
     loggers,
     metrics,
     plots,
@@ -123,6 +125,7 @@ from pipeline.data.predictions import (
 from pipeline.data.unknown import Unknown
 from pipeline.errors import UserError
 
+OWN_DECISIONS = ("detector", "detector_with_anomaly", "majority")
 UNKNOWN = "unknown"  # the decision on an image that is anomalous, no known class
 DEFAULT_REVIEW_BELOW = 0.7
 EVALUATED = ("metrics.json", "report.md", "images.csv")
@@ -159,6 +162,7 @@ class Part:
     threshold: dict[str, Any]
     review: dict[str, Any]  # the quality under which a mask is listed, and why
     anomaly: list[Anomaly] | None  # image by image; None: not known
+    joint: np.ndarray | None  # (images,) decisions with the anomaly scores; None: not known
     unseen: Sequence[str]  # classes that no training image shows
 
 
@@ -306,6 +310,7 @@ def _read(
     threshold = _choose_threshold(config, val, predictions)
     review = _choose_review(config, val, predictions, threshold["value"])
     anomalies = None if config.anomaly is None else folder(config.anomaly)
+    known = _read_anomaly(config, anomalies, predictions, samples)
     return Part(
         fold,
         samples,
@@ -315,7 +320,8 @@ def _read(
         classifiers,
         threshold,
         review,
-        _read_anomaly(config, anomalies, predictions, samples),
+        None if known is None else [known[sample.image_id] for sample in samples],
+        None if known is None else _joint_decisions(samples, val, predictions, known),
         _unseen(dataset, fold),
     )
 
@@ -339,8 +345,11 @@ def _read_anomaly(
     folder: Path | None,
     predictions: Predictions,
     samples: Sequence[Sample],
-) -> list[Anomaly] | None:
-    """Each image's anomaly score and threshold, of --anomaly or of the predictions."""
+) -> dict[int, Anomaly] | None:
+    """Anomaly scores and thresholds by image id, of --anomaly or of the predictions.
+
+    All `samples` have one; those of other images are not checked.
+    """
     given = config.anomaly_threshold
     if folder is None:
         where, found = config.predictions, dict(predictions.anomaly)
@@ -366,7 +375,28 @@ def _read_anomaly(
             f"{where}: expected anomaly scores of all {len(samples)} images of the split, found "
             f"those of {len(samples) - missing}"
         )
-    return [found[sample.image_id] for sample in samples]
+    return found
+
+
+def _joint_decisions(
+    samples: Sequence[Sample],
+    val: Sequence[Sample],
+    predictions: Predictions,
+    anomaly: Mapping[int, Anomaly],
+) -> np.ndarray | None:
+    """(images,) decisions by box and anomaly scores; None where the val split cannot teach it."""
+    defective = np.array([sample.label >= 0 for sample in val])
+    known = all(sample.image_id in anomaly for sample in val)
+    if not known or defective.all() or not defective.any():
+        return None
+
+    def scores(images: Sequence[Sample]) -> tuple[np.ndarray, np.ndarray]:
+        boxes = costs.image_scores(images, predictions.results)
+        return boxes, np.array([anomaly[sample.image_id].score for sample in images])
+
+    best = [metrics.decide(predictions.of(sample, masks=False)) + 1 for sample in samples]
+    model = joint_decision.fit(*scores(val), defective)
+    return joint_decision.decide(model, *scores(samples), np.array(best))
 
 
 def _read_classifiers(
@@ -377,7 +407,7 @@ def _read_classifiers(
     for folder in folders:
         found = read_probabilities(folder, classes, samples)
         name = found.name
-        if name in (*decisions, "detector", "majority"):
+        if name in (*decisions, *OWN_DECISIONS):
             name = f"{name} ({folder.name})"
         decisions[name] = found.decisions(samples)
     return decisions
@@ -457,8 +487,13 @@ def _measure(config: EvaluateConfig, classes: Sequence[str], parts: Sequence[Par
         [s.truth for s in samples], [predictions.of(s, masks=False) for s in samples]
     )
     labels = np.array([sample.label + 1 for sample in samples])
+    joint = [part.joint for part in parts if part.joint is not None]
+    with_anomaly = (
+        {"detector_with_anomaly": np.concatenate(joint)} if len(joint) == len(parts) else {}
+    )
     decisions = {
         "detector": np.array([image.decision + 1 for image in images]),
+        **with_anomaly,
         **_joined([part.classifiers for part in parts]),
         "majority": np.full(len(samples), np.argmax(np.bincount(labels))),
     }
