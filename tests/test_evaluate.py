@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from pycocotools import mask as coco_mask
 
-from pipeline import record
+from pipeline import cli, record
 from pipeline.config import EvaluateConfig, build
 from pipeline.errors import UserError
 from pipeline.stages.evaluate import run
@@ -622,6 +622,23 @@ def test_input_that_does_not_fit_is_refused(
     with pytest.raises(UserError, match=message):
         evaluate(data, predictions, **options)
     assert not (world.root / "out").exists()
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_damaged_split_is_not_taken_for_a_missing_one(
+    world: World, split: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    world.add(split, (1, BOX))
+    data, predictions = world.write(), world.predict("found", (1, 1, BOX, 0.9))
+    path = data / "annotations" / f"instances_{split}.json"
+    path.write_text(path.read_text()[:-20])
+    command = ["evaluate", "--data", data, "--predictions", predictions, "--out", world.root / "o"]
+    with pytest.raises(SystemExit) as caught:
+        cli.main([str(argument) for argument in command])
+    assert caught.value.code == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert f"{path}: expected a JSON file, found " in line
+    assert not (world.root / "o").exists()
 
 
 # All folds together

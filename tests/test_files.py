@@ -265,6 +265,34 @@ def test_a_split_that_is_missing_lists_those_that_exist(dataset: Path) -> None:
     assert str(caught.value) == f"{path}: expected this split, found fold1_test, train"
 
 
+def test_a_split_may_be_missing_but_not_damaged(dataset: Path) -> None:
+    read = Dataset(dataset)
+    assert read.has_split("train") and read.has_split("test", fold=1)
+    assert not read.has_split("val") and not read.has_split("test")
+    assert read.split_if_any("val") == []
+    assert [sample.image_id for sample in read.split_if_any("train")] == [3, 1, 2]
+    path = dataset / "annotations" / "instances_val.json"
+    path.write_text('{"images": [')
+    assert read.has_split("val")
+    with pytest.raises(UserError, match=f"^{path}: expected a JSON file, found Expecting value"):
+        read.split_if_any("val")
+
+
+@pytest.mark.parametrize(
+    ("group", "key"),
+    [("images", "width"), ("annotations", "bbox"), ("annotations", "image_id")],
+)
+def test_entries_that_lack_something_are_named(dataset: Path, group: str, key: str) -> None:
+    path = dataset / "annotations" / "instances_train.json"
+    truth = read_json(path)
+    del truth[group][1][key]
+    write_json(path, truth)
+    with pytest.raises(UserError) as caught:
+        Dataset(dataset).split("train")
+    expected = f"{path}: expected COCO instances, found other entries (KeyError: '{key}')"
+    assert caught.value.problems == (expected,)
+
+
 @pytest.mark.parametrize("name", ["nothing", "annotations", "annotations/instances.json"])
 def test_what_is_no_dataset_is_said_to_be_none(dataset: Path, name: str) -> None:
     with pytest.raises(UserError, match="expected a folder written by `pipeline convert`"):

@@ -5,8 +5,7 @@ Both formats derive from one half-open pixel box. COCO: https://cocodataset.org/
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,8 @@ import numpy as np
 import yaml
 from pycocotools import mask as coco_mask
 
-from pipeline.data.dataset import Sample, split_name
-from pipeline.data.files import read_json, write_json, write_text
+from pipeline.data.dataset import Sample, coco_instances, split_name
+from pipeline.data.files import write_json, write_text
 from pipeline.data.masks import box_of, decode_rle, encode_rle
 from pipeline.data.splits import Split
 from pipeline.errors import UserError
@@ -135,7 +134,7 @@ def read_coco(path: Path, images: Path | None = None) -> tuple[tuple[str, ...], 
     parent, or in a folder named images in either. Raises `UserError` when the file is not COCO's,
     has no images, or where they are not found.
     """
-    with _as_instances(path) as coco:
+    with coco_instances(path) as coco:
         if not coco["images"]:
             raise UserError(f"{path}: expected images, found none")
         return _classes_and_samples(path, coco, images)
@@ -148,7 +147,7 @@ def read_instances(path: Path) -> list[Item]:
     since datumaro and CVAT call every mask of run lengths one. Raises `UserError` when the file is
     not COCO's, and for an annotation without a mask.
     """
-    with _as_instances(path) as coco:
+    with coco_instances(path) as coco:
         names = {category["id"]: str(category["name"]) for category in coco["categories"]}
         found: dict[int, list[Instance]] = {image["id"]: [] for image in coco["images"]}
         sizes = {
@@ -171,19 +170,6 @@ def read_instances(path: Path) -> list[Item]:
             )
             for image in coco["images"]
         ]
-
-
-@contextmanager
-def _as_instances(path: Path) -> Iterator[dict[str, Any]]:
-    """The content of a COCO file. Whatever is wrong in it becomes a `UserError`."""
-    coco = read_json(path)
-    if not isinstance(coco, dict) or not {"images", "annotations", "categories"} <= coco.keys():
-        raise UserError(f"{path}: expected COCO instances, found other JSON")
-    try:
-        yield coco
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-        found = f"{type(error).__name__}: {error}"
-        raise UserError(f"{path}: expected COCO instances, found other entries ({found})") from None
 
 
 def _classes_and_samples(

@@ -11,7 +11,8 @@ Folder, as `pipeline convert` writes it:
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -27,6 +28,7 @@ from pipeline.errors import UserError
 
 GOOD = "good"  # the image class without defects, in MVTec's spelling
 HARD_NEGATIVES = "hard_negatives.json"
+ANNOTATION_KEYS = {"image_id", "category_id", "bbox", "area"}  # that every annotation has
 
 
 def split_name(name: str, fold: int | None = None) -> str:
@@ -121,15 +123,14 @@ class Dataset:
         self.root = root
         if not (root / "annotations" / "instances.json").is_file():
             raise UserError(f"{root}: expected a folder written by `pipeline convert`, found none")
-        self.classes: tuple[str, ...] = tuple(
-            category["name"] for category in self._coco("instances")["categories"]
-        )
+        with coco_instances(self._path("instances")) as coco:
+            self.classes: tuple[str, ...] = tuple(
+                category["name"] for category in coco["categories"]
+            )
 
     def fold_count(self) -> int:
         """How many folds were written; 0: none."""
-        folder = self.root / "annotations"
-        names = (f"instances_{split_name('test', k)}.json" for k in itertools.count())
-        return sum(1 for _ in itertools.takewhile(lambda name: (folder / name).is_file(), names))
+        return next(k for k in itertools.count() if not self.has_split("test", k))
 
     def folds(self) -> list[list[Sample]]:
         """The test images of each fold. Raises `UserError` unless every image is in exactly one."""
@@ -138,7 +139,7 @@ class Dataset:
             raise UserError(f"{self.root}: expected folds (`pipeline convert --folds`), found none")
         folds = [self.split("test", k) for k in range(count)]
         tested = sorted(sample.image_id for samples in folds for sample in samples)
-        images = sorted(image["id"] for image in self._coco("instances")["images"])
+        images = sorted(sample.image_id for sample in self.images())
         if tested != images:
             raise UserError(
                 f"{self.root}: expected each of {len(images)} images to be tested in one fold, "
@@ -147,18 +148,34 @@ class Dataset:
         return folds
 
     def split(self, name: str, fold: int | Literal["all"] | None = None) -> list[Sample]:
-        """The images of a split, in file order. Raises `UserError` when there is no such split.
+        """The images of a split, in file order.
 
-        Of all folds there is but the test split: every image, fold by fold.
+        Raises `UserError` when there is no such split, and for a damaged file. Of all folds there
+        is but the test split: every image, fold by fold.
         """
         if fold == "all":
             assert name == "test"
             return [sample for samples in self.folds() for sample in samples]
-        return self._samples(f"instances_{split_name(name, fold)}")
+        if not self.has_split(name, fold):
+            path = self._split_path(name, fold)
+            found = sorted(p.stem.removeprefix("instances_") for p in path.parent.glob("*_*.json"))
+            raise UserError(f"{path}: expected this split, found {', '.join(found) or 'none'}")
+        return self._samples(self._split_path(name, fold))
+
+    def has_split(self, name: str, fold: int | None = None) -> bool:
+        """Whether a split was written, be it without images."""
+        return self._split_path(name, fold).is_file()
+
+    def split_if_any(self, name: str, fold: int | None = None) -> list[Sample]:
+        """The images of a split, none if there is no such split.
+
+        Raises `UserError` for a damaged file.
+        """
+        return self.split(name, fold) if self.has_split(name, fold) else []
 
     def images(self) -> list[Sample]:
         """All images, in file order."""
-        return self._samples("instances")
+        return self._samples(self._path("instances"))
 
     @cached_property
     def _hard_negatives(self) -> dict[int, list[dict[str, Any]]]:
@@ -172,29 +189,43 @@ class Dataset:
             )
         return found
 
-    def _samples(self, stem: str) -> list[Sample]:
-        coco = self._coco(stem)
-        annotations: dict[int, list[dict[str, Any]]] = {image["id"]: [] for image in coco["images"]}
-        for annotation in coco["annotations"]:
-            annotations[annotation["image_id"]].append(annotation)
-        return [
-            Sample(
-                image["id"],
-                self.root / "images" / image["file_name"],
-                image["width"],
-                image["height"],
-                tuple(annotations[image["id"]]),
-                tuple(self._hard_negatives.get(image["id"], ())),
-            )
-            for image in coco["images"]
-        ]
+    def _path(self, stem: str) -> Path:
+        return self.root / "annotations" / f"{stem}.json"
 
-    def _coco(self, stem: str) -> dict[str, Any]:
-        path = self.root / "annotations" / f"{stem}.json"
-        if not path.is_file():
-            found = sorted(p.stem.removeprefix("instances_") for p in path.parent.glob("*_*.json"))
-            raise UserError(f"{path}: expected this split, found {', '.join(found) or 'none'}")
-        coco = read_json(path)
-        if not isinstance(coco, dict) or not {"images", "annotations", "categories"} <= coco.keys():
-            raise UserError(f"{path}: expected COCO instances, found other JSON")
-        return coco
+    def _split_path(self, name: str, fold: int | None) -> Path:
+        return self._path(f"instances_{split_name(name, fold)}")
+
+    def _samples(self, path: Path) -> list[Sample]:
+        hard_negatives = self._hard_negatives
+        with coco_instances(path) as coco:
+            annotations: dict[int, list[dict[str, Any]]] = {
+                image["id"]: [] for image in coco["images"]
+            }
+            for annotation in coco["annotations"]:
+                if missing := ANNOTATION_KEYS - annotation.keys():
+                    raise KeyError(min(missing))
+                annotations[annotation["image_id"]].append(annotation)
+            return [
+                Sample(
+                    image["id"],
+                    self.root / "images" / image["file_name"],
+                    image["width"],
+                    image["height"],
+                    tuple(annotations[image["id"]]),
+                    tuple(hard_negatives.get(image["id"], ())),
+                )
+                for image in coco["images"]
+            ]
+
+
+@contextmanager
+def coco_instances(path: Path) -> Iterator[dict[str, Any]]:
+    """The content of a COCO instances file. Whatever is wrong in it becomes a `UserError`."""
+    coco = read_json(path)
+    if not isinstance(coco, dict) or not {"images", "annotations", "categories"} <= coco.keys():
+        raise UserError(f"{path}: expected COCO instances, found other JSON")
+    try:
+        yield coco
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        found = f"{type(error).__name__}: {error}"
+        raise UserError(f"{path}: expected COCO instances, found other entries ({found})") from None

@@ -94,7 +94,7 @@ import numpy as np
 from rich.progress import track
 
 from pipeline import record
-from pipeline.config import EvaluateConfig, SplitName, of_fold
+from pipeline.config import EvaluateConfig, of_fold
 from pipeline.data import (
     comparison,
     costs,
@@ -216,7 +216,7 @@ def run(config: EvaluateConfig) -> None:
 def _compare(config: EvaluateConfig, dataset: Dataset) -> None:
     """Measure runs of any kind on the same images, and make one table of them."""
     parts = [
-        comparison.Part(fold, samples, _split(dataset, "val", fold))
+        comparison.Part(fold, samples, dataset.split_if_any("val", fold))
         for fold, samples in _samples(config, dataset)
     ]
     answers = [_read_run(path, dataset.classes, parts) for path in config.runs]
@@ -298,7 +298,7 @@ def _read(
         return of_fold(path, fold) if config.fold == "all" and fold is not None else path
 
     classes = dataset.classes
-    val = _split(dataset, "val", fold)
+    val = dataset.split_if_any("val", fold)
     predictions = read_predictions(folder(config.predictions), classes, samples, val)
     oracle, true_boxes = None, []
     if config.truth_boxes is not None:
@@ -326,17 +326,9 @@ def _read(
     )
 
 
-def _split(dataset: Dataset, name: SplitName, fold: int | None) -> list[Sample]:
-    """The images of a split, if there are any."""
-    try:
-        return dataset.split(name, fold)
-    except UserError:  # made without it
-        return []
-
-
 def _unseen(dataset: Dataset, fold: int | None) -> list[str]:
     """The classes that no training image shows, where there are training images with defects."""
-    learned = learned_classes(_split(dataset, "train", fold), dataset.classes)
+    learned = learned_classes(dataset.split_if_any("train", fold), dataset.classes)
     return [name for name in dataset.classes if learned and name not in learned]
 
 

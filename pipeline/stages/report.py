@@ -230,13 +230,7 @@ def _heat_maps(
 
 def _splits(dataset: Dataset, fold: int | None) -> dict[str, list[Sample]]:
     """The splits that there are."""
-    splits = {}
-    for name in SPLITS:
-        try:
-            splits[name] = dataset.split(name, fold)
-        except UserError:  # made without it
-            continue
-    return splits
+    return {name: dataset.split(name, fold) for name in SPLITS if dataset.has_split(name, fold)}
 
 
 def _moments(video: Path | None) -> dict[str, float]:
