@@ -21,9 +21,10 @@ from typing import Any
 import numpy as np
 
 from pipeline.config import read_yaml
-from pipeline.data import costs, evaluation, heatmaps
+from pipeline.data import costs, heatmaps
 from pipeline.data.dataset import Sample
 from pipeline.data.decision import read_probabilities
+from pipeline.data.evaluation.thresholds import DEFAULT_THRESHOLD, best_threshold
 from pipeline.data.files import read_json
 from pipeline.data.metrics import decide
 from pipeline.data.predictions import Predictions, mismatches, read_images, read_predictions
@@ -147,8 +148,8 @@ def _read_detector(
         raise UserError(f"{folder}: expected masks of a detector's boxes, found those of true ones")
     found = read_predictions(folder, classes, samples, val)
     seen = val if found.images.issuperset(sample.image_id for sample in val) else ()
-    best = evaluation.best_threshold(seen, found)
-    threshold = best[0] if best else evaluation.DEFAULT_THRESHOLD
+    best = best_threshold(seen, found)
+    threshold = best[0] if best else DEFAULT_THRESHOLD
     known = [*samples, *seen]
     scores = np.maximum(costs.image_scores(known, found.results), 0)
     masked = all("segmentation" in e for s in known for e in found.results.get(s.image_id, ()))

@@ -93,7 +93,7 @@ class Unknown:
 def rates(
     unknown: Unknown, classes: Sequence[str], counts: np.ndarray
 ) -> dict[tuple[str, ...], np.ndarray]:
-    """(resamples,) each rate by its keys under `unknown`, see pipeline/stages/evaluate.py."""
+    """(resamples,) each rate by its keys under `unknown`, see docs/metrics.md."""
     groups: dict[tuple[str, ...], np.ndarray] = {
         ("false_alarm_rate",): unknown.labels == 0,
         ("recall",): unknown.labels > 0,
