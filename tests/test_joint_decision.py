@@ -7,9 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from evaluated import evaluate, in_folds, predict_folds, score
 from scipy.optimize import minimize
-from test_evaluate import evaluate, in_folds, predict_folds
-from test_unknown import score
 
 from pipeline.data import joint_decision
 from pipeline.data.files import read_json, write_json

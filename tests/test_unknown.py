@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from evaluated import BOX, THRESHOLD, World, edit, evaluate, in_folds, predict_folds, score
 from pydantic import ValidationError
-from test_evaluate import BOX, SIDE, World, edit, evaluate, in_folds, predict_folds
 
 from pipeline.data import unknown as unknowns
-from pipeline.data.files import read_json, write_json
+from pipeline.data.files import read_json
 from pipeline.errors import UserError
 
 CLASSES = ("crack", "hole")
@@ -30,7 +30,6 @@ TEST = (
     (2, 0.25, 2, 1.0),  # found at a lower threshold
     (2, 0.0, 1, 8.0),  # unknown
 )
-THRESHOLD = 5.0
 
 
 @pytest.fixture
@@ -44,21 +43,6 @@ def world(tmp_path: Path) -> World:
     world.predict("found", *boxes)
     world.write()
     return world
-
-
-def score(world: World, folder: str, scores: dict[int, float], **metrics: Any) -> Path:
-    """The part of `pipeline detect-anomaly`'s output that is read here."""
-    heat_map = {"file": "heatmaps/none.png", "low": 0.0, "high": 1.0}
-    names = {image["id"]: image["name"] for image in world.images}
-    entries = [
-        {"id": i, "file_name": names[i], "width": SIDE, "height": SIDE, "score": value}
-        | {"split": "test", "class": "any", "heat_map": heat_map}
-        for i, value in scores.items()
-    ]
-    write_json(world.root / folder / "scores.json", {"images": entries})
-    about = {"protocol": "dataset", "fold": None, "image": {"threshold": THRESHOLD}, **metrics}
-    write_json(world.root / folder / "metrics.json", about)
-    return world.root / folder
 
 
 def scores() -> dict[int, float]:
