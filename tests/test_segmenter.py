@@ -1,4 +1,6 @@
-"""Averaging over the mirror image; what else a Segmenter does is in test_sam.py."""
+"""Averaging over the mirror image; what else a Segmenter does is in test_sam.py and
+test_sam_windows.py.
+"""
 
 from __future__ import annotations
 
