@@ -26,7 +26,6 @@ from pipeline import cli, resources
 from pipeline.errors import UserError
 from pipeline.models import weights
 
-
 # Stated by the publishers or pinned by their users, written down here a second time.
 KNOWN_SHA256 = {
     "sam-vit-b": "ec2df62732614e57411cdcf32a23ffdf28910380d03139ee0f4fcbe91eb8c912",
