@@ -29,7 +29,7 @@ def summarise(
 ) -> dict[str, Any]:
     """One row: figures of an evaluation's metrics.json, and the times of each fold's trainings.
 
-    What the figures mean is in pipeline/stages/evaluate.py. Null stands for what is unknown.
+    What the figures mean is in docs/metrics.md. Null stands for what is unknown.
     """
     minutes = [_minutes([timing["seconds"] for timing in fold]) for fold in timings]
     known = [m for m in minutes if m is not None]
