@@ -55,7 +55,7 @@ def _stages(config: RunConfig) -> Iterator[tuple[str, dict[str, Any]]]:
         for section, options in models.items():
             yield section, {"fold": k, **_of_fold(options, k)}
     together = out if fold in (None, "all") else out / f"fold{fold}"
-    predictions, anomaly = models["segment"]["out"], models.get("detect_anomaly")
+    predictions = models["segment"]["out"]
     evaluate = {
         "data": data,
         "predictions": predictions,
@@ -63,7 +63,7 @@ def _stages(config: RunConfig) -> Iterator[tuple[str, dict[str, Any]]]:
         "classifiers": [
             models[f"finetune_classifier.{n}"]["out"] for n in config.finetune_classifier
         ],
-        "anomaly": None if anomaly is None else anomaly["out"],
+        "anomaly": models.get("detect_anomaly", {}).get("out"),
         "out": together / "evaluation",
         **config.evaluate,
     }

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import common
+from pipeline.data.decision import WITH_ANOMALY
 
 COLOURS = {  # Okabe and Ito's, which the colour-blind can tell apart
     "mAP50": "#0072B2",
@@ -58,8 +59,7 @@ def summarise(
 
 def decider(decisions: Mapping[str, Any]) -> str:
     """Which of an evaluation's models decides on the image: with anomaly scores, if there are."""
-    together = "detector_with_anomaly"
-    return together if together in decisions else "detector"
+    return WITH_ANOMALY if WITH_ANOMALY in decisions else "detector"
 
 
 def _minutes(seconds: Sequence[float | None]) -> float | None:

@@ -75,8 +75,8 @@ class EvaluateConfig(LoggedConfig):
     anomaly: Path | None = Field(
         None,
         description="output folder of `pipeline detect-anomaly` on the same dataset: images it "
-        "calls anomalous, and on which no box counts, are reported as unknown defects (default: "
-        "the scores that the predictions have, if any)",
+        "calls anomalous, and on which no box counts, are reported as unknown defects, and one "
+        "image decision takes both scores (default: the scores that the predictions have, if any)",
     )
     anomaly_threshold: float | None = Field(
         None, description=f"{ANOMALY_THRESHOLD} (default: the one chosen on val, by its run)"

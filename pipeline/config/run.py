@@ -69,7 +69,7 @@ class RunConfig(Config):
     )
     mlflow: LogFolder = Field(None, description="folder of MLflow's file store, of the same")
     # The sections hold the options of the command of the same name; what links one stage to the
-    # next (data, out, ...) is filled in by `plan` in pipeline/stages/run.py.
+    # next (data, out, ...) is filled in by pipeline/plan.py.
     synth: Annotated[dict[str, Any], _options_of("synth")] | None = None
     convert: Annotated[dict[str, Any], _options_of("convert")] = Field(default_factory=dict)
     finetune_yolo: Annotated[dict[str, Any], _options_of("finetune_yolo")] = Field(

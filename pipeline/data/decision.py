@@ -17,6 +17,9 @@ from pipeline.data.metrics import nanmean
 from pipeline.data.predictions import PREDICTIONS
 from pipeline.errors import UserError
 
+WITH_ANOMALY = "detector_with_anomaly"  # the model of pipeline/data/joint_decision.py
+OWN_MODELS = ("detector", WITH_ANOMALY, "majority")  # no classifier has these names
+
 
 @dataclass(frozen=True)
 class Probabilities:

@@ -12,8 +12,9 @@ import rich.table
 from rich.console import Console
 
 from pipeline.data.dataset import GOOD
+from pipeline.data.decision import WITH_ANOMALY
 
-Metrics = Mapping[str, Any]  # the content of metrics.json, see pipeline/stages/evaluate.py
+Metrics = Mapping[str, Any]  # the content of metrics.json, see docs/metrics.md
 
 
 KEY_FIGURES = (  # what says most in little room, and the keys it has in metrics.json
@@ -155,9 +156,9 @@ def notes(metrics: Metrics) -> list[str]:
             "count above another score, at which they call as many good images defective as both "
             "do; the gain is that of both over these."
         )
-    if "detector_with_anomaly" in metrics["image_decision"]:
+    if WITH_ANOMALY in metrics["image_decision"]:
         lines.append(
-            "'detector_with_anomaly' calls an image defective by the score of its best box and its "
+            f"'{WITH_ANOMALY}' calls an image defective by the score of its best box and its "
             "anomaly score together, weighed as the val split teaches; its class is the box's."
         )
     if (cost := metrics.get("cost")) is not None:  # which older evaluations do not have

@@ -11,6 +11,7 @@ from pycocotools.cocoeval import COCOeval
 
 from pipeline.data import costs, metrics
 from pipeline.data.dataset import Sample
+from pipeline.data.decision import WITH_ANOMALY
 from pipeline.data.evaluation import thresholds
 from pipeline.data.evaluation.part import Part
 from pipeline.data.metrics import Finds, ImageResult
@@ -113,11 +114,9 @@ def _pooled(parts: Sequence[tuple[Sequence[Sample], Predictions]]) -> Prediction
 def _decisions(
     parts: Sequence[Part], samples: Sequence[Sample], images: Sequence[ImageResult]
 ) -> dict[str, np.ndarray]:
-    """(images,) decisions by model: detector, classifiers, and always the most frequent class."""
+    """(images,) decisions by model: those of boxes, classifiers, and always the most frequent."""
     joint = [part.joint for part in parts if part.joint is not None]
-    with_anomaly = (
-        {"detector_with_anomaly": np.concatenate(joint)} if len(joint) == len(parts) else {}
-    )
+    with_anomaly = {WITH_ANOMALY: np.concatenate(joint)} if len(joint) == len(parts) else {}
     most = np.argmax(np.bincount([sample.label + 1 for sample in samples]))
     return {
         "detector": np.array([image.decision + 1 for image in images]),

@@ -12,14 +12,12 @@ import numpy as np
 from pipeline.config import EvaluateConfig, of_fold
 from pipeline.data import costs, heatmaps, joint_decision, metrics
 from pipeline.data.dataset import Dataset, Sample, learned_classes
-from pipeline.data.decision import read_probabilities
+from pipeline.data.decision import OWN_MODELS, read_probabilities
 from pipeline.data.evaluation import thresholds
 from pipeline.data.masks import dice, iou
 from pipeline.data.matching import match
 from pipeline.data.predictions import Anomaly, Predictions, read_predictions
 from pipeline.errors import UserError
-
-OWN_DECISIONS = ("detector", "detector_with_anomaly", "majority")  # no classifier has these names
 
 
 @dataclass(frozen=True)
@@ -108,7 +106,7 @@ def _read_classifiers(
     for folder in folders:
         found = read_probabilities(folder, classes, samples)
         name = found.name
-        if name in (*decisions, *OWN_DECISIONS):
+        if name in (*decisions, *OWN_MODELS):
             name = f"{name} ({folder.name})"
         decisions[name] = found.decisions(samples)
     return decisions
