@@ -75,7 +75,7 @@ def run(config: FinetuneClassifierConfig) -> None:
         best = classifier.load(config.out / "best.safetensors").to(device)
         seconds = report(best, splits, config, log)
         log.pictures(config.out)
-    record.write_record(config.out, COMMAND, config, seconds_per_image=round(seconds, 3))
+    record.write_record(config.out, COMMAND, config, seconds_per_image=round(seconds, 6))
 
 
 def _model(config: FinetuneClassifierConfig, classes: tuple[str, ...]) -> Classifier:

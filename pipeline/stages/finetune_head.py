@@ -99,7 +99,7 @@ def run(config: FinetuneHeadConfig) -> None:
     with loggers.opened(config) as log:
         log.metrics(loggers.flat(accuracies))
     seconds = classification.seconds_per_image(classified)
-    about = {"chosen": _best(rows), "seconds_per_image": round(seconds, 3)}
+    about = {"chosen": _best(rows), "seconds_per_image": round(seconds, 6)}
     record.write_record(config.out, COMMAND, config, **about)
 
 
