@@ -49,11 +49,28 @@ def main(argv: list[str] | None = None) -> None:
 
     Exit codes: 0 done, 2 bad input (one line per problem on stderr), 130 interrupted, 143 ended.
     """
+    ended = threading.Event()
+
+    def end(*_: object) -> None:
+        """End as an exception does, so that what is half-written is removed."""
+        ended.set()
+        sys.exit(143)
+
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, _stop)
+        signal.signal(signal.SIGTERM, end)
     parsed, unknown = _parser().parse_known_args(argv)
     arguments = vars(parsed)
     command = arguments.pop("command")
+    try:
+        _run(command, arguments, unknown)
+    except BaseException:
+        if ended.is_set():  # what was ended between two lines may raise something else
+            sys.exit(143)
+        raise
+
+
+def _run(command: str, arguments: dict[str, Any], unknown: list[str]) -> None:
+    """Run the command's stage; what the user or the system did wrong ends as lines on stderr."""
     try:
         settings = _settings(COMMANDS[command], arguments, unknown)
         name = MODULES.get(command, command.replace("-", "_"))
@@ -74,11 +91,6 @@ def main(argv: list[str] | None = None) -> None:
         place = f"{error.filename}: " if error.filename is not None else ""
         print(f"pipeline {command}: {place}{error.strerror}", file=sys.stderr)
         sys.exit(2)
-
-
-def _stop(*_: object) -> None:
-    """End as an exception does, so that what is half-written is removed."""
-    sys.exit(143)
 
 
 def _parser() -> argparse.ArgumentParser:

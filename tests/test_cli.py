@@ -354,6 +354,26 @@ def test_exit_codes(
     assert capsys.readouterr().err.splitlines() == [f"pipeline synth: {line}" for line in lines]
 
 
+@pytest.mark.parametrize("error", [RuntimeError("cannot release un-acquired lock"), OSError(4, "")])
+def test_ended_is_143_whatever_the_code_it_met_makes_of_it(
+    monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def run(_: Config) -> None:
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        finally:
+            raise error
+
+    before = signal.getsignal(signal.SIGTERM)
+    _replace(monkeypatch, "synth", run)
+    try:
+        with pytest.raises(SystemExit) as caught:
+            cli.main(["synth", "--out", "o"])
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert caught.value.code == 143
+
+
 def test_a_mistake_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     for error in (ValueError("a bug"), OSError("a bug")):
 

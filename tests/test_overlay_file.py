@@ -255,14 +255,16 @@ def test_ended_half_way_it_leaves_nothing(root: Path, tmp_path: Path) -> None:
     out = tmp_path / "frames"
     words = ["--source", root / "data", "--predictions", root / "predictions", "--out", out]
     command = [sys.executable, "-m", "pipeline", "overlay", "--height", 1440, *words]
-    process = subprocess.Popen([str(word) for word in command], stderr=subprocess.DEVNULL)
+    log = tmp_path.with_name("overlay.log")
+    with log.open("w") as file:
+        process = subprocess.Popen([str(word) for word in command], stderr=file)
     try:
         deadline = time.monotonic() + 60
         while not list(tmp_path.glob(".frames-*/000002.png")):
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.01)
         process.terminate()
-        assert process.wait(30) == 143
+        assert process.wait(30) == 143, log.read_text()
     finally:
         process.kill()
         process.wait()
