@@ -26,7 +26,7 @@ KEYS = {
     "method", "needs", "protocol", "images", "defective", "image_auroc", "average_precision",
     "recall", "false_alarm_rate", "pixel_auroc", "pro", "pixel_iou", "accuracy",
     "balanced_accuracy", "macro_f1", "map50", "mask_iou", "training_seconds",
-    "inference_seconds_per_image", "intervals", "per_fold",
+    "inference_seconds_per_image", "intervals", "gain", "per_fold",
 }  # fmt: skip
 
 
@@ -79,7 +79,8 @@ def calls(monkeypatch: pytest.MonkeyPatch, here: Path) -> list[str]:
     monkeypatch.setattr(subprocess, "run", in_this_process)
     monkeypatch.setattr(benchmark, "FOLDS", 2)
     small = {"image_size": 64}
-    options = {"detect-anomaly": small, "finetune-classifier": {**small, "epochs": 1}}
+    options: dict[str, dict[str, Any]] = {"detect-anomaly": small, "finetune-head": small}
+    options["finetune-classifier"] = {**small, "epochs": 1}
     monkeypatch.setattr(benchmark, "OPTIONS", options | {"evaluate": {"resamples": 20}})
     return names
 
@@ -149,6 +150,22 @@ def test_rows_are_added_and_the_readme_follows(
     (line,) = [line for line in text.splitlines() if line.startswith("| padim")]
     cells = [cell.strip() for cell in line.strip("|").split("|")]
     assert cells[:3] == ["padim", "good images", f"{first['rows'][0]['image_auroc']:.3f}"]
+
+
+def test_heads_gain_over_the_plain_one(mvtec: Path, tmp_path: Path, calls: list[str]) -> None:
+    work = tmp_path / "work"
+    methods = ["cosine", "head-plain", "head-balanced-weights"]
+    call(mvtec, work, "--protocols", "study", "--methods", *methods)
+    assert calls[-2:] == ["work/comparison-study", "work/comparison-study-heads"]
+    plain, weighted, cosine = read_json(work / "results.json")["rows"]
+    assert plain["gain"] == cosine["gain"] == {}
+    for key in ("accuracy", "balanced_accuracy", "macro_f1"):
+        its = weighted["gain"][key]
+        assert its["value"] == pytest.approx(weighted[key] - plain[key], abs=2e-6)
+        assert its["interval"][0] <= its["interval"][1]
+    text = benchmark.markdown([plain, weighted, cosine])
+    assert "63 test images, 8 of them defective: gain over head-plain:" in text
+    assert text.count("| head-balanced-weights |") == 2 and text.count("| cosine |") == 1
 
 
 def test_a_detector_that_is_there_already(mvtec: Path, tmp_path: Path, calls: list[str]) -> None:
@@ -253,7 +270,5 @@ def test_the_readme_shows_the_results_that_are_kept() -> None:
     shown = text.partition(benchmark.BEGIN)[2].partition(benchmark.END)[0]
     lines = [line.strip("| ").split(" | ") for line in shown.splitlines() if line.startswith("|")]
     rows = read_json(benchmark.HERE / "results.json")["rows"]
-    assert [cells[0] for cells in lines if cells[0] not in ("method", "---")] == [
-        row["method"] for row in rows
-    ]
+    assert {row["method"] for row in rows} <= {cells[0] for cells in lines}
     assert shown.strip() == benchmark.markdown(rows)

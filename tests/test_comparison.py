@@ -19,6 +19,7 @@ from pipeline.data.coco import write_split
 from pipeline.data.files import read_json, write_json, write_text
 from pipeline.data.heatmaps import write_heat_map, write_scores
 from pipeline.data.masks import encode_rle
+from pipeline.data.metrics import draw_resamples
 from pipeline.data.predictions import write_predictions
 from pipeline.stages import detect_anomaly, evaluate
 
@@ -249,6 +250,25 @@ def test_an_anomaly_detector_has_the_figures_of_its_own(data: Path, tmp_path: Pa
     assert row["training_seconds"] == alone["seconds"]["training"]
 
 
+def test_gain_over_the_first_run(data: Path, tmp_path: Path) -> None:
+    """Of the four test images, the detector is right about all, the classifier not about 6."""
+    probabilities = {
+        2: (0, 1, 0), 3: (0, 0.2, 0.8), 4: (0.1, 0.8, 0.1), 5: (0, 0.9, 0.1),
+        6: (0.6, 0.1, 0.3), 7: (0.9, 0.1, 0),
+    }  # fmt: skip
+    runs = [
+        classifier(tmp_path / "a", probabilities),
+        detector(tmp_path / "b", FOUND),
+        anomaly(tmp_path / "c", dict.fromkeys(range(2, 8), 0.0)),
+    ]
+    first, found, scores = compare(data, *runs, resamples=100, seed=5)["rows"]
+    assert first["gain"] == {} and scores["gain"].keys() == {"image_auroc"}
+    assert found["gain"].keys() == {"image_auroc", "accuracy", "balanced_accuracy", "macro_f1"}
+    wrong = draw_resamples(4, 100, 5)[:, 2] / 4  # how often each draw has image 6
+    low, high = np.percentile(wrong, [2.5, 97.5])
+    assert found["gain"]["accuracy"] == {"value": 0.25, "interval": [low, high]}
+
+
 def test_resampled_auroc_is_that_of_the_images_drawn() -> None:
     rng = np.random.default_rng(0)
     scores, defective = rng.integers(0, 5, 12).astype(float), np.arange(12) < 4
@@ -306,7 +326,8 @@ def test_the_command(
         assert "YOLO-World + SAM" in shown and "0.750" in shown
     lines = [line for line in text.splitlines() if line.startswith("| YOLO")]
     assert lines[0].split("|")[2].strip() == "boxes" and "–" not in lines[0]
-    assert "macro" not in text
+    gains = text[text.index("## Gain over cosine (a)") :]
+    assert "| cosine (b) | +0.00 (0.00 to 0.00) |" in gains and "cosine (a) |" not in gains
     made = read_json(out / "run.json")
     assert made["seconds"] >= 0 and {"runs[0]", "runs[1]", "runs[2]"} <= made["inputs"].keys()
     with pytest.raises(SystemExit):  # nothing is replaced unasked

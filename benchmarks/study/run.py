@@ -14,7 +14,7 @@ import argparse
 import os
 import shlex
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -57,6 +57,8 @@ STUDY = {
     "resnet50-adamw": LITE0,
     "resnet50-rotation": LITE0,
 }
+HEADS = "head-"  # rows of finetune-head, on the same frozen features
+PLAIN = f"{HEADS}plain"  # that the others gain over
 OURS = "efficientnet-lite0"
 CLASSIFIERS: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: (name, {}) for name in STUDY},
@@ -170,7 +172,7 @@ def rows() -> list[Row]:
     classes, both = ["study"], ["folds", "study"]
     found = [Row(name, classes, classifier(name)) for name in CLASSIFIERS if name != OURS]
     found.append(Row(OURS, both, classifier(OURS)))
-    found += [Row(f"head-{name}", both, head(name)) for name in offered("finetune-head")]
+    found += [Row(f"{HEADS}{name}", both, head(name)) for name in offered("finetune-head")]
     found += [Row(name, [*PROTOCOLS], anomaly(name)) for name in offered("detect-anomaly")]
     return [*found, Row(DETECTOR, both, detector, "predictions")]
 
@@ -262,7 +264,13 @@ def measure(
     common.run_stages([stages[-1] for stages in planned], arguments.jobs)
     if protocol == "mvtec":
         return [mvtec_row(method, read_json(run / "metrics.json")) for method, run in runs.items()]
-    return compared(arguments.work / f"comparison-{protocol}", protocol, source, runs)
+    measured = compared(arguments.work / f"comparison-{protocol}", protocol, source, runs)
+    heads = {method: run for method, run in runs.items() if method.startswith(HEADS)}
+    gains = {}
+    if PLAIN in heads:
+        out = arguments.work / f"comparison-{protocol}-heads"
+        gains = {its["method"]: its["gain"] for its in compared(out, protocol, source, heads)}
+    return [{**its, "gain": gains.get(its["method"], {})} for its in measured]
 
 
 def images_of(arguments: argparse.Namespace, protocol: str) -> tuple[Path, Sequence[int | None]]:
@@ -348,6 +356,7 @@ def mvtec_row(method: str, metrics: Mapping[str, Any]) -> dict[str, Any]:
         "training_seconds": seconds["training"],
         "inference_seconds_per_image": seconds["inference_per_image"],
         "intervals": {},
+        "gain": {},
         "per_fold": None,
     }
 
@@ -356,14 +365,18 @@ def mvtec_row(method: str, metrics: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def tables(measured: Sequence[Mapping[str, Any]]) -> list[report.Table]:
-    """One for each protocol."""
-    return [
-        comparison.figures_table(
-            title, [{**r, "label": r["method"]} for r in measured if r["protocol"] == protocol]
-        )
-        for protocol, title in PROTOCOLS.items()
-        if any(r["protocol"] == protocol for r in measured)
-    ]
+    """One for each protocol, and one of what the ways to learn from few images gain there."""
+    found = []
+    for protocol, title in PROTOCOLS.items():
+        its = [{**row, "label": row["method"]} for row in measured if row["protocol"] == protocol]
+        if its:
+            found.append(comparison.figures_table(title, its))
+        if ahead := [row for row in its if row["gain"]]:
+            table = comparison.gains_table(PLAIN, ahead)
+            found.append(
+                replace(table, title=f"{title}: {table.title[0].lower()}{table.title[1:]}")
+            )
+    return found
 
 
 def markdown(measured: Sequence[Mapping[str, Any]]) -> str:

@@ -21,6 +21,8 @@ time that is not known.
         .training_seconds           of one training, or of those of detector and segmenter
         .inference_seconds_per_image
         .intervals.<key>            [low, high], 95 %, of the keys in `HEADLINE`
+        .gain.<key>.value, .interval   the figure less that of the first run, and [low, high], 95 %,
+            of the same resamples for both runs; of the keys in `HEADLINE` that both have
         .per_fold[].fold and all keys up to `pixel_iou`, and the seconds; null unless all folds
 
 Of all folds, what ranks or cuts scores, that is all keys up to `pixel_iou`, is the mean over the
@@ -57,12 +59,20 @@ TITLES = {  # of the figures in tables, by their keys
     "pixel_iou": "pixel IoU",
     "accuracy": "accuracy",
     "balanced_accuracy": "balanced accuracy",
+    "macro_f1": "macro-F1",
     "map50": "box mAP50",
     "mask_iou": "mask IoU",
     "training_seconds": "training, s",
     "inference_seconds_per_image": "s per image",
 }
-HEADLINE = ("image_auroc", "accuracy", "balanced_accuracy", "map50", "mask_iou")  # with intervals
+HEADLINE = (  # with intervals
+    "image_auroc",
+    "accuracy",
+    "balanced_accuracy",
+    "macro_f1",
+    "map50",
+    "mask_iou",
+)
 
 
 @dataclass(frozen=True)
@@ -74,6 +84,42 @@ class Part:
     val: Sequence[Sample]  # that thresholds are chosen on
 
 
+@dataclass(frozen=True)
+class Row:
+    """One run, measured."""
+
+    figures: dict[str, Any]
+    drawn: Mapping[str, np.ndarray]  # of `HEADLINE`: each figure of each resample
+
+
+def rows(measured: Sequence[Row]) -> list[dict[str, Any]]:
+    """The figures of all runs, with names that tell them apart, and their gains over the first."""
+    count = Counter(its.figures["method"] for its in measured)
+    return [
+        {
+            **its.figures,
+            "gain": _gain(its, measured[0]) if k else {},
+            "label": its.figures["method"]
+            if count[its.figures["method"]] == 1
+            else f"{its.figures['method']} ({its.figures['run']})",
+        }
+        for k, its in enumerate(measured)
+    ]
+
+
+def _gain(row: Row, first: Row) -> dict[str, dict[str, Any]]:
+    keys = [key for key in HEADLINE if None not in (row.figures[key], first.figures[key])]
+    drawn = {key: row.drawn[key] - first.drawn[key] for key in keys}
+    found = _intervals(drawn)
+    return {
+        key: {
+            "value": round(row.figures[key] - first.figures[key], 6),
+            "interval": found.get(key),
+        }
+        for key in keys
+    }
+
+
 def row(
     run: Path,
     answers: Sequence[Answers],
@@ -81,8 +127,8 @@ def row(
     classes: Sequence[str],
     resamples: int,
     seed: int,
-) -> dict[str, Any]:
-    """The figures of one run, whose answers are those of each part."""
+) -> Row:
+    """Measure one run, with its answers for each part. The same seed draws the same images."""
     counts = [
         metrics.draw_resamples(len(p.samples), resamples, seed + k) for k, p in enumerate(parts)
     ]
@@ -92,7 +138,8 @@ def row(
     everything = np.hstack(counts)
     decided, drawn_decisions = _decisions(answers, together, classes, everything)
     localised, drawn_localised = _localisation(answers, parts, classes, everything)
-    return {
+    drawn |= drawn_decisions | drawn_localised
+    figures = {
         "run": str(run),
         "method": answers[0].method,
         "needs": answers[0].needs,
@@ -100,7 +147,7 @@ def row(
         **decided,
         **localised,
         **_seconds(answers),
-        "intervals": _intervals({**drawn, **drawn_decisions, **drawn_localised}),
+        "intervals": _intervals(drawn),
         "per_fold": [
             {"fold": part.fold, **fold, **_seconds([its])}
             for part, fold, its in zip(parts, per_fold, answers, strict=True)
@@ -108,6 +155,7 @@ def row(
         if len(parts) > 1
         else None,
     }
+    return Row(figures, drawn)
 
 
 def _scores(answers: Answers, part: Part) -> dict[str, float | None]:
@@ -173,7 +221,11 @@ def _decisions(
         "accuracy": anomaly.number(scores.accuracy),
         "balanced_accuracy": anomaly.number(scores.balanced_accuracy),
         "macro_f1": anomaly.number(scores.macro_f1),
-    }, {"accuracy": drawn.accuracy, "balanced_accuracy": drawn.balanced_accuracy}
+    }, {
+        "accuracy": drawn.accuracy,
+        "balanced_accuracy": drawn.balanced_accuracy,
+        "macro_f1": drawn.macro_f1,
+    }
 
 
 def _localisation(
@@ -233,20 +285,6 @@ def _intervals(drawn: Mapping[str, np.ndarray]) -> dict[str, list[float]]:
 # ---- For people --------------------------------------------------------------------------------
 
 
-def labelled(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The rows, with names that tell them apart."""
-    count = Counter(its["method"] for its in rows)
-    return [
-        {
-            **its,
-            "label": its["method"]
-            if count[its["method"]] == 1
-            else f"{its['method']} ({its['run']})",
-        }
-        for its in rows
-    ]
-
-
 def figures_table(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
     """One line for each run; figures that no run has are left out."""
     keys = [key for key in TITLES if any(its.get(key) is not None for its in rows)]
@@ -263,6 +301,13 @@ def intervals_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     return Table("95 % intervals", ["method", *(TITLES[key] for key in keys)], lines)
 
 
+def gains_table(first: str, rows: Sequence[Mapping[str, Any]]) -> Table:
+    """How far the rows are ahead of the run `first`, with intervals of the differences."""
+    keys = [key for key in HEADLINE if any(key in its["gain"] for its in rows)]
+    lines = [[its["label"], *(_change(its["gain"].get(key)) for key in keys)] for its in rows]
+    return Table(f"Gain over {first}", ["method", *(TITLES[key] for key in keys)], lines)
+
+
 def _cell(key: str, value: float | None) -> str:
     if value is None:
         return "–"
@@ -273,6 +318,13 @@ def _cell(key: str, value: float | None) -> str:
 
 def _range(interval: Sequence[float] | None) -> str:
     return "–" if interval is None else f"{interval[0]:.2f} to {interval[1]:.2f}"
+
+
+def _change(gain: Mapping[str, Any] | None) -> str:
+    if gain is None:
+        return "–"
+    interval = gain["interval"]
+    return f"{gain['value']:+.2f}" + ("" if interval is None else f" ({_range(interval)})")
 
 
 def markdown(values: Mapping[str, Any]) -> str:
@@ -315,7 +367,8 @@ def notes(values: Mapping[str, Any]) -> list[str]:
     )
     if values["resamples"]:
         lines.append(
-            f"Intervals: percentile bootstrap, {values['resamples']} resamples of the images."
+            f"Intervals: percentile bootstrap, {values['resamples']} resamples of the images; of a "
+            "gain, the same images for both runs."
         )
     return lines
 
@@ -326,5 +379,8 @@ def _title(values: Mapping[str, Any]) -> str:
 
 
 def _tables(values: Mapping[str, Any]) -> list[Table]:
-    tables = [figures_table("Figures", values["rows"])]
-    return tables + [intervals_table(values["rows"])] * bool(values["resamples"])
+    rows = values["rows"]
+    tables = [figures_table("Figures", rows)]
+    tables += [intervals_table(rows)] * bool(values["resamples"])
+    compared = [its for its in rows if its["gain"]]
+    return tables + [gains_table(rows[0]["label"], compared)] * bool(compared)

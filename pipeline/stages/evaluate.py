@@ -111,10 +111,10 @@ def _compare(config: EvaluateConfig, dataset: Dataset) -> None:
     record.claim(config.out, config.force)
     record.write_config(config.out, "evaluate", config)
     _remove(config.out, *EVALUATED)
-    measured = zip(config.runs, answers, strict=True)
+    read = list(zip(config.runs, answers, strict=True))
     rows = [
         comparison.row(path, its, parts, dataset.classes, config.resamples, config.seed)
-        for path, its in track(list(measured), description="measure")
+        for path, its in track(read, description="measure")
     ]
     labels = [sample.label for part in parts for sample in part.samples]
     values: dict[str, Any] = {
@@ -123,7 +123,7 @@ def _compare(config: EvaluateConfig, dataset: Dataset) -> None:
         "images": len(labels),
         "defective": sum(label >= 0 for label in labels),
         "resamples": config.resamples,
-        "rows": comparison.labelled(rows),
+        "rows": comparison.rows(rows),
     }
     rows_path, tables_path = (config.out / name for name in COMPARED)
     write_json(rows_path, values)
