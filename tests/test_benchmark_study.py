@@ -222,8 +222,11 @@ def test_what_is_planned() -> None:
     assert lite0 == resnet.model_copy(update=changed)
     assert (lite0.epochs, lite0.rotation, lite0.weight_decay) == (100, 15, 1e-4)
     detector = planned["yolo-world-sam"]
-    assert [name for name, _ in detector] == ["finetune-yolo", "finetune-sam", "segment"]
+    assert [name for name, _ in detector] == [
+        "finetune-yolo", "finetune-sam", "detect-anomaly", "segment",
+    ]  # fmt: skip
     (_, segment) = detector[-1]
+    assert segment.anomaly == detector[-2][1].out  # type: ignore[attr-defined]
     assert (str(segment.out), segment.boxes, segment.sam) == (  # type: ignore[attr-defined]
         "out/predictions", "out/detector/detector.pt", "out/segmenter/sam.safetensors",
     )  # fmt: skip

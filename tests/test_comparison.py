@@ -226,6 +226,27 @@ def test_a_detector_has_the_figures_of_its_own_evaluation(data: Path, tmp_path: 
         assert row["intervals"][key] == alone["intervals"][theirs]
 
 
+def test_a_detector_with_anomaly_scores_decides_by_both(data: Path, tmp_path: Path) -> None:
+    """The good image 5 has a box of a defect, and no anomaly; as in its own evaluation."""
+    found = [(i, c, box, 0.5 if i == 5 else score) for i, c, box, score in FOUND]
+    alone, run = detector(tmp_path / "alone", found), detector(tmp_path / "run", found)
+    scores = {1: 1.0, 2: 1.0, 3: 7.0, 4: 1.5, 5: 1.2, 6: 8.0, 7: 6.0}
+    content = read_json(run / "images.json")
+    for image in content["images"]:
+        image["anomaly"] = {"score": scores[image["id"]], "threshold": 4.0}
+    write_json(run / "images.json", content)
+    boxes, both = compare(data, alone, run)["rows"]
+    assert (boxes["method"], both["method"]) == ("YOLO-World + SAM", "YOLO-World + SAM + anomaly")
+    assert (boxes["accuracy"], both["accuracy"]) == (0.75, 1)
+    assert both["image_auroc"] == 1
+    for key in ("map50", "mask_iou", "pixel_auroc"):
+        assert both[key] == boxes[key]
+    options = {"data": data, "predictions": run, "out": tmp_path / "own", "resamples": 0}
+    evaluate.run(build(EvaluateConfig, {**options, "published": False}))
+    own = read_json(tmp_path / "own" / "metrics.json")["image_decision"]["detector_with_anomaly"]
+    assert own["accuracy"] == both["accuracy"]
+
+
 def test_a_detector_that_finds_nothing(data: Path, tmp_path: Path) -> None:
     (row,) = compare(data, detector(tmp_path / "run", ()))["rows"]
     assert (row["image_auroc"], row["pixel_auroc"], row["map50"], row["mask_iou"]) == (

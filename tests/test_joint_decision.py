@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ from evaluated import evaluate, in_folds, predict_folds, score
 from scipy.optimize import minimize
 
 from pipeline.data import joint_decision
+from pipeline.data.dataset import Dataset
 from pipeline.data.files import read_json, write_json
+from pipeline.data.predictions import Anomaly, read_predictions
 
 NONE = -np.inf  # without a box
 BOXES = np.array([0.002, NONE, 0.2, 0.004, 0.9, 0.05, 0.01])
@@ -22,8 +25,8 @@ DEFECTIVE = np.array([False, False, False, False, True, True, True])
 def test_each_score_makes_up_for_the_other() -> None:
     model = joint_decision.fit(BOXES, ANOMALY, DEFECTIVE)
     boxes, anomaly = np.array([0.9, 0.02, 0.02, 0.002]), np.array([1.6, 3.0, 1.0, 1.2])
-    best = np.array([2, 1, 1, 3])
-    assert joint_decision.decide(model, boxes, anomaly, best).tolist() == [2, 1, 0, 0]
+    found = joint_decision.probability(model, boxes, anomaly)
+    assert (found > 0.5).tolist() == [True, True, False, False]
 
 
 def test_the_probability_is_that_of_a_balanced_logistic_regression() -> None:
@@ -42,15 +45,21 @@ def test_the_probability_is_that_of_a_balanced_logistic_regression() -> None:
     found = minimize(loss, np.zeros(3), tol=1e-10).x
     expected = 1 / (1 + np.exp(-(x @ found[:2] + found[2])))
     model = joint_decision.fit(BOXES, ANOMALY, DEFECTIVE)
-    decided = joint_decision.decide(model, BOXES, ANOMALY, np.ones(7, int))
-    assert decided.tolist() == (expected > 0.5).astype(int).tolist()
-    features = joint_decision._features(BOXES, ANOMALY)
-    assert model.predict_proba(features)[:, 1] == pytest.approx(expected, abs=1e-3)
+    assert joint_decision.probability(model, BOXES, ANOMALY) == pytest.approx(expected, abs=1e-3)
 
 
-def test_an_image_without_a_box_has_no_class() -> None:
-    model = joint_decision.fit(BOXES, ANOMALY, DEFECTIVE)
-    assert joint_decision.decide(model, np.array([NONE]), np.array([9.0]), np.array([0])) == 0
+def test_an_image_without_a_box_has_no_class(tmp_path: Path) -> None:
+    world = in_folds(tmp_path)
+    data = Dataset(world.write())
+    predict_folds(world)
+    samples, val = data.split("test", 0), data.split("val", 0)
+    found = read_predictions(tmp_path / "found" / "fold0", data.classes, samples, val)
+    anomaly = {s.image_id: Anomaly(9.0 if s.label >= 0 else 1.0, 5.0) for s in [*samples, *val]}
+    without = dataclasses.replace(found, results={val[0].image_id: []})
+    joint = joint_decision.judge(samples, val, without, anomaly)
+    assert joint is not None and joint.decisions.tolist() == [0] * len(samples)
+    defective = np.array([sample.label >= 0 for sample in samples])
+    assert ((joint.probabilities > 0.5) == defective).all() and defective.any()
 
 
 def test_one_kind_of_images_teaches_nothing() -> None:

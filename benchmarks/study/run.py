@@ -224,18 +224,20 @@ def stage(name: str, values: Mapping[str, Any]) -> tuple[str, StageConfig]:
 
 
 def detector(place: Place) -> Stages:
-    """What `pipeline run` does until there are predictions."""
+    """What `pipeline run` does until there are predictions, which have the anomaly scores too."""
     values = config.read_yaml(DETECTOR_CONFIG)
     values |= {"out": place.out, "fold": place.fold, "finetune_classifier": {}}
     values["convert"] = {"source": "it is converted already", "out": place.source}
     for section, name in (
         ("finetune_yolo", "detector"),
         ("finetune_sam", "segmenter"),
+        ("detect_anomaly", "anomaly"),
         ("segment", "predictions"),
     ):
         values[section]["out"] = place.out / name
+    values["segment"]["anomaly"] = place.out / "anomaly"
     planned = plan(config.build(config.RunConfig, values, file=DETECTOR_CONFIG))
-    wanted = ("finetune-yolo", "finetune-sam", "segment")
+    wanted = ("finetune-yolo", "finetune-sam", "detect-anomaly", "segment")
     return [s for s in planned if s[0] in wanted and getattr(s[1], "boxes", None) != "truth"]
 
 

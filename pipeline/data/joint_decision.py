@@ -10,12 +10,54 @@ has no class, and counts as good here: whether it is anomalous is told by pipeli
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
 import numpy as np
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 
+from pipeline.data import costs, metrics
+from pipeline.data.dataset import Sample
+from pipeline.data.predictions import Anomaly, Predictions
+
 LEAST_SCORE = 0.001  # of the best box: scores below it, and images without a box, are all alike
+
+
+@dataclass(frozen=True)
+class Joint:
+    """What both say together of the images that they are asked about."""
+
+    decisions: np.ndarray  # (images,) 0 for good, else the class of the best box
+    probabilities: np.ndarray  # (images,) of being defective
+    on_val: np.ndarray  # (val images,) the same, of the images that it was fitted to
+
+
+def judge(
+    samples: Sequence[Sample],
+    val: Sequence[Sample],
+    predictions: Predictions,
+    anomaly: Mapping[int, Anomaly],
+) -> Joint | None:
+    """Decide about `samples`, by their boxes and by anomaly scores by image id.
+
+    None where `val` cannot teach it: not all have an anomaly score, or all are of one kind.
+    """
+    defective = np.array([sample.label >= 0 for sample in val])
+    known = all(sample.image_id in anomaly for sample in val)
+    if not known or defective.all() or not defective.any():
+        return None
+
+    def scores(images: Sequence[Sample]) -> tuple[np.ndarray, np.ndarray]:
+        boxes = costs.image_scores(images, predictions.results)
+        return boxes, np.array([anomaly[sample.image_id].score for sample in images])
+
+    model = fit(*scores(val), defective)
+    probabilities = probability(model, *scores(samples))
+    best = [metrics.decide(predictions.of(sample, masks=False)) + 1 for sample in samples]
+    decisions = np.where(probabilities > 0.5, best, 0)
+    return Joint(decisions, probabilities, probability(model, *scores(val)))
 
 
 def fit(box_scores: np.ndarray, anomaly_scores: np.ndarray, defective: np.ndarray) -> Pipeline:
@@ -29,12 +71,9 @@ def fit(box_scores: np.ndarray, anomaly_scores: np.ndarray, defective: np.ndarra
     return model.fit(_features(box_scores, anomaly_scores), defective)
 
 
-def decide(
-    model: Pipeline, box_scores: np.ndarray, anomaly_scores: np.ndarray, best: np.ndarray
-) -> np.ndarray:
-    """(images,) 0 for good, else the class of the best box: `best`, which is 0 without boxes."""
-    defective = model.predict(_features(box_scores, anomaly_scores))
-    return np.where(defective, best, 0)
+def probability(model: Pipeline, box_scores: np.ndarray, anomaly_scores: np.ndarray) -> np.ndarray:
+    """(images,) how probably they are defective."""
+    return model.predict_proba(_features(box_scores, anomaly_scores))[:, 1]
 
 
 def _features(box_scores: np.ndarray, anomaly_scores: np.ndarray) -> np.ndarray:

@@ -9,6 +9,8 @@ images: the higher, the less an image is like a good one.
     finetune-head
     segment              highest score of its boxes,   highest score of the masks   names classes
                          0 without boxes               that hold it, else 0         and localises
+    segment --anomaly    how probably it is defective, by both, see pipeline/data/joint_decision.py;
+                         all else as without
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.config import read_yaml
-from pipeline.data import costs, heatmaps
+from pipeline.data import costs, heatmaps, joint_decision
 from pipeline.data.dataset import Sample
 from pipeline.data.decision import read_probabilities
 from pipeline.data.evaluation.thresholds import DEFAULT_THRESHOLD, best_threshold
@@ -152,15 +154,22 @@ def _read_detector(
     threshold = best[0] if best else DEFAULT_THRESHOLD
     known = [*samples, *seen]
     scores = np.maximum(costs.image_scores(known, found.results), 0)
+    decisions = [decide(found.of(s, threshold, masks=False)) + 1 for s in samples]
+    joint = None
+    if found.anomaly.keys() >= {sample.image_id for sample in samples}:
+        joint = joint_decision.judge(samples, seen, found, found.anomaly)
+    if joint is not None:
+        scores = np.concatenate([joint.probabilities, joint.on_val])
+        decisions = list(joint.decisions)
     masked = all("segmentation" in e for s in known for e in found.results.get(s.image_id, ()))
     trainings = _trainings(folder)
     seconds = read_json(folder / "run.json").get("seconds")
     return Answers(
-        method="YOLO-World + SAM",
+        method="YOLO-World + SAM" + (" + anomaly" if joint is not None else ""),
         needs="masks" if any(map(_learns_masks, trainings)) else "boxes",
         scores={s.image_id: float(score) for s, score in zip(known, scores, strict=True)},
         pixels=Pixels(0, 1, lambda sample: _best_score(found, sample)) if masked else None,
-        decisions=np.array([decide(found.of(s, threshold, masks=False)) + 1 for s in samples], int),
+        decisions=np.array(decisions, int),
         predictions=found,
         threshold=threshold,
         training_seconds=_sum([None if t is None else t.seconds for t in trainings]),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.config import EvaluateConfig, of_fold
-from pipeline.data import costs, heatmaps, joint_decision, metrics
+from pipeline.data import heatmaps, joint_decision
 from pipeline.data.dataset import Dataset, Sample, learned_classes
 from pipeline.data.decision import OWN_MODELS, read_probabilities
 from pipeline.data.evaluation import thresholds
@@ -64,6 +64,7 @@ def read_part(
     review = thresholds.choose_review(config.review_below, val, predictions, threshold["value"])
     anomalies = None if config.anomaly is None else folder(config.anomaly)
     known = _read_anomaly(config, anomalies, predictions, samples)
+    joint = None if known is None else joint_decision.judge(samples, val, predictions, known)
     return Part(
         fold=fold,
         samples=samples,
@@ -75,7 +76,7 @@ def read_part(
         review=review,
         anomaly=None if known is None else [known[sample.image_id] for sample in samples],
         anomaly_reason=_anomaly_reason(config),
-        joint=None if known is None else _joint_decisions(samples, val, predictions, known),
+        joint=None if joint is None else joint.decisions,
         unseen=_unseen(dataset, fold),
     )
 
@@ -165,24 +166,3 @@ def _anomaly_reason(config: EvaluateConfig) -> str:
     if config.anomaly is None:
         return "that of the predictions"
     return "the best F1 of images on the val split of the anomaly detector's run"
-
-
-def _joint_decisions(
-    samples: Sequence[Sample],
-    val: Sequence[Sample],
-    predictions: Predictions,
-    anomaly: Mapping[int, Anomaly],
-) -> np.ndarray | None:
-    """(images,) decisions by box and anomaly scores; None where the val split cannot teach it."""
-    defective = np.array([sample.label >= 0 for sample in val])
-    known = all(sample.image_id in anomaly for sample in val)
-    if not known or defective.all() or not defective.any():
-        return None
-
-    def scores(images: Sequence[Sample]) -> tuple[np.ndarray, np.ndarray]:
-        boxes = costs.image_scores(images, predictions.results)
-        return boxes, np.array([anomaly[sample.image_id].score for sample in images])
-
-    best = [metrics.decide(predictions.of(sample, masks=False)) + 1 for sample in samples]
-    model = joint_decision.fit(*scores(val), defective)
-    return joint_decision.decide(model, *scores(samples), np.array(best))
