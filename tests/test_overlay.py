@@ -25,6 +25,8 @@ from filmed import (
 from pipeline.data import heatmaps, palette
 from pipeline.data.files import read_json, write_json
 from pipeline.data.matching import Verdict
+from pipeline.data.overlay.predicted import Predictions
+from pipeline.data.overlay.reel import SEVERITY
 from pipeline.data.video import probe
 from pipeline.errors import UserError
 from pipeline.stages import overlay
@@ -80,7 +82,7 @@ def test_order_and_choice(
 
 
 def test_every_verdict_has_a_colour_and_a_rank() -> None:
-    assert set(palette.VERDICT_COLOURS) == set(overlay.SEVERITY) == set(get_args(Verdict))
+    assert set(palette.VERDICT_COLOURS) == set(SEVERITY) == set(get_args(Verdict))
     assert len({colour.as_hex() for colour in palette.CLASS_COLOURS.colors}) == 8
 
 
@@ -142,13 +144,13 @@ def test_without_predictions_the_truth_alone(root: Path, tmp_path: Path) -> None
 
 
 def test_without_a_threshold_each_image_has_that_of_its_fold(root: Path, tmp_path: Path) -> None:
-    def given(asked: float | None, **own: float) -> overlay.Predictions:
+    def given(asked: float | None, **own: float) -> Predictions:
         images = read_json(root / "predictions" / "images.json")
         for image in images["images"]:
             image |= own
         write_json(tmp_path / "images.json", images)
         write_json(tmp_path / "predictions.json", read_json(root / "predictions/predictions.json"))
-        return overlay.Predictions(tmp_path, asked)
+        return Predictions(tmp_path, asked)
 
     name, _, _, predicted, _ = next(i for i in IMAGES if i[0] == "good__d.png")
     assert [score for _, _, score in predicted] == [0.1]
@@ -164,7 +166,7 @@ def test_what_is_anomalous_without_a_class_is_said(root: Path, tmp_path: Path) -
     for image in images["images"]:
         image["anomaly"] = {"score": 2.0, "threshold": 3.0 if "good" in image["file_name"] else 2.0}
     write_json(tmp_path / "predictions" / "images.json", images)
-    found = overlay.Predictions(tmp_path / "predictions", 0.5)
+    found = Predictions(tmp_path / "predictions", 0.5)
     known = [found.is_unknown(name, i) for i, (name, *_) in enumerate(IMAGES, start=1)]
     assert [IMAGES[i][0] for i in np.flatnonzero(known)] == ["stain__a.png"]
     plain = film(root, tmp_path / "a.mp4")

@@ -1,0 +1,1 @@
+"""What a review video shows: what was predicted, which images in which order, and the panels."""
