@@ -375,9 +375,7 @@ def tables(measured: Sequence[Mapping[str, Any]]) -> list[report.Table]:
             found.append(comparison.figures_table(title, its))
         if ahead := [row for row in its if row["gain"]]:
             table = comparison.gains_table(PLAIN, ahead)
-            found.append(
-                replace(table, title=f"{title}: {table.title[0].lower()}{table.title[1:]}")
-            )
+            found.append(replace(table, title=f"{title}, gain over {PLAIN}"))
     return found
 
 
@@ -401,7 +399,7 @@ def command(arguments: argparse.Namespace) -> str:
         if values := getattr(arguments, name):
             words += [f"--{name}", *values]
     if arguments.predictions is not None:
-        words += ["--predictions", str(arguments.predictions)]
+        words += ["--predictions", str(Path("runs", *arguments.predictions.parts[-3:]))]
     words += ["--add"] * arguments.add
     if arguments.jobs != 1:
         words += ["--jobs", str(arguments.jobs)]
