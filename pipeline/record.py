@@ -1,8 +1,10 @@
 """What made a result: the resolved configuration, versions, revision and input checksums.
 
 Every stage writes `config.yaml` and `begun.json` into its output folder when it begins. At its
-end `run.json` takes the place of `begun.json`, so a folder that has it is complete. A result that
-is one file, such as `review.mp4`, has one beside it, `review.mp4.json`, with the options as well.
+end `run.json` takes the place of `begun.json`, so a folder that has it is complete. A training's
+folder fills up in its place, so that the training can be resumed; any other stage builds its result
+in a work folder, which takes its place when it is complete. A result that is one file, such as
+`review.mp4`, has one beside it, `review.mp4.json`, with the options as well.
 
 `seconds` in a record is how long the stage took, from `write_config` on (in all, where it was part
 of a run); null for a training that was interrupted, since nobody knows.
@@ -15,17 +17,23 @@ import importlib.metadata
 import itertools
 import json
 import platform
+import re
 import shlex
 import subprocess
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import Field, NonNegativeFloat
 
 from pipeline import __version__, resources
-from pipeline.config import FOLD, Config, RunConfig, StageConfig, of_fold
-from pipeline.data.files import read_json, sha256, write_json, write_text
+from pipeline.config import FOLD, Config, RunConfig, StageConfig, flag_of, of_fold
+from pipeline.data import stored
+from pipeline.data.files import atomic_folder, read_json, sha256, write_json, write_text
+from pipeline.data.stored import Stored
 from pipeline.errors import UserError
 from pipeline.models.weights import load_registry
 
@@ -87,6 +95,7 @@ def write_record(out: Path, command: str, config: StageConfig, **more: Any) -> N
     options: dict[str, Any] = {}
     if record.parent == out:
         _write_options(out, command, config)
+        options["files"] = sorted({path.name for path in out.iterdir()} - {"begun.json"})
     else:  # a file has no folder of its own for a config.yaml
         options["options"] = config.model_dump(mode="json")
     write_json(
@@ -113,6 +122,24 @@ def _seconds_since_begun(out: Path, config: StageConfig) -> float | None:
     return round(time.time() - float(read_json(path)["started"]), 1)
 
 
+class Record(Stored):
+    """What is read of a finished result's record."""
+
+    command: str
+    inputs: dict[str, str] = Field(default_factory=dict)
+    seconds: NonNegativeFloat | None = None
+    seconds_per_image: NonNegativeFloat | None = None  # of a classifier
+    pipeline: str | None = None
+    revision: str | None = None
+    python: str | None = None
+    packages: dict[str, str | None] = Field(default_factory=dict)
+
+
+def read(out: Path) -> Record:
+    """The record of a finished result. Raises `UserError` when there is none."""
+    return stored.read(record_path(out), Record, "the record of a finished result")
+
+
 def write_seconds(out: Path, seconds: float | None) -> None:
     """Note in a finished result's record how long it took; None for what was interrupted."""
     path = record_path(out)
@@ -122,8 +149,7 @@ def write_seconds(out: Path, seconds: float | None) -> None:
 
 def seconds_of(out: Path) -> float | None:
     """How long a finished result took, if its record says so."""
-    found: float | None = read_json(record_path(out)).get("seconds")
-    return found
+    return read(out).seconds
 
 
 def versions() -> dict[str, Any]:
@@ -140,25 +166,37 @@ def inputs_of(config: Config) -> dict[str, str]:
     """Fingerprints of the files, folders and known weights that options name, by option."""
     inputs: dict[str, str] = {}
     for name in config.inputs:
-        value = getattr(config, name)
-        values = value if isinstance(value, tuple) else (value,)
+        values = _values_of(config, name)
         for i, item in enumerate(values):
-            found = None if item is None else _fingerprint_of(item)
-            if found is not None:
+            if (found := _fingerprint_of(item)) is not None:
                 inputs[name if len(values) == 1 else f"{name}[{i}]"] = found
     return inputs
 
 
+def _values_of(config: Config, name: str) -> tuple[Path | str, ...]:
+    """What an option that names inputs names: none, one or several."""
+    value = getattr(config, name)
+    return value if isinstance(value, tuple) else () if value is None else (value,)
+
+
 def _fingerprint_of(item: Path | str) -> str | None:
     """What identifies the file, the folder or the weights of this name, if there are any."""
-    if Path(item).exists():
+    paths = _paths_of(item)
+    if paths == [Path(item)]:
         return fingerprint(Path(item))
-    if FOLD in str(item):  # one path for each fold
-        paths = (of_fold(Path(item), fold) for fold in itertools.count())
-        parts = [fingerprint(path) for path in itertools.takewhile(Path.exists, paths)]
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest() if parts else None
+    if paths:
+        parts = [fingerprint(path) for path in paths]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
     entry = load_registry().get(str(item))
     return entry.sha256 if entry else None
+
+
+def _paths_of(item: Path | str) -> list[Path]:
+    """The file or folder of this name, or those of all folds, as far as they exist."""
+    path = Path(item)
+    if path.exists() or FOLD not in str(item):
+        return [path] if path.exists() else []
+    return list(itertools.takewhile(Path.exists, (of_fold(path, k) for k in itertools.count())))
 
 
 def signature(command: str, config: Config) -> str:
@@ -193,34 +231,98 @@ def is_complete(out: Path, wanted: str) -> bool:
 def _signature_in(record: Path) -> str | None:
     """The signature in a record of ours, if it is one."""
     content = read_json(record) if record.is_file() else None
-    return content.get("signature") if isinstance(content, dict) else None
+    found = content.get("signature") if isinstance(content, dict) else None
+    return found if isinstance(found, str) else None
 
 
-def claim(out: Path, force: bool) -> None:
-    """Make `out` ready to be written. Raises `UserError` if it holds something and not `force`."""
-    check_folder(out, force)
-    out.mkdir(parents=True, exist_ok=True)
+# ---- Where results go ---------------------------------------------------------------------------
+
+
+@contextmanager
+def result(command: str, config: StageConfig) -> Iterator[Path]:
+    """Yield a folder for a result, for `write_record` to complete, that then becomes `config.out`.
+
+    If the block raises, what was there stays as it was. Raises `UserError` as `check_out` does.
+    """
+    check_out(command, config)
+    _check_nothing_else(config.out)
+    with atomic_folder(config.out) as folder:
+        write_config(folder, command, config)
+        yield folder
+
+
+def claim(command: str, config: StageConfig | RunConfig) -> None:
+    """Make `config.out` ready for what is written in its place, a training or a run.
+
+    Raises `UserError` as `check_out` does.
+    """
+    check_out(command, config)
+    config.out.mkdir(parents=True, exist_ok=True)
     for name in ("run.json", "begun.json", *CHECKPOINTS):
-        (out / name).unlink(missing_ok=True)
+        (config.out / name).unlink(missing_ok=True)
 
 
-def check_folder(out: Path, force: bool) -> None:
-    """Check that the folder `out` may be written. Raises `UserError` if it may not."""
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out: expected a folder, found the file {out}")
-    if (out / "run.json").exists() and not force:
-        raise UserError(f"--out: {out} holds a finished result; give --force to replace it")
-    # A hidden file may be what a killed process has left of ours.
-    if not (out / "config.yaml").exists() and any(out.glob("[!.]*")):
-        raise UserError(f"--out: expected a new folder or one of ours, found other files in {out}")
+def check_out(command: str, config: StageConfig | RunConfig) -> None:
+    """Check that the result of a command may be written.
+
+    Raises `UserError` if it would take the place of an input, of something that is no result of
+    this command or, without `force`, of a finished one.
+    """
+    out, force = config.out, getattr(config, "force", False)
+    for name in config.inputs:
+        paths = [path for item in _values_of(config, name) for path in _paths_of(item)]
+        if any(path.resolve().is_relative_to(out.resolve()) for path in paths):
+            flag = flag_of(type(config), name)
+            raise UserError(f"--out: expected a place apart from {flag}, found {out}")
+    if out.suffix.lower() in FILES:
+        _check_file(out, force)
+    else:
+        _check_folder(out, command, force)
 
 
-def claim_file(out: Path, force: bool) -> None:
-    """Check that the file `out` may be written. Raises `UserError` if it exists and not `force`."""
+def _check_file(out: Path, force: bool) -> None:
     if out.is_dir():
         raise UserError(f"--out: expected a file, found the folder {out}")
     if out.exists() and not force:
         raise UserError(f"--out: {out} exists; give --force to replace it")
+
+
+def _check_folder(out: Path, command: str, force: bool) -> None:
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out: expected a folder, found the file {out}")
+    # A hidden file may be what a killed process has left of ours.
+    if not (out / "config.yaml").exists() and any(out.glob("[!.]*")):
+        raise UserError(f"--out: expected a new folder or one of ours, found other files in {out}")
+    if (found := _command_of(out)) not in (None, command):
+        raise UserError(f"--out: expected a new folder or one of {command}, found {found}'s {out}")
+    if (out / "run.json").exists() and not force:
+        raise UserError(f"--out: {out} holds a finished result; give --force to replace it")
+
+
+def _command_of(out: Path) -> str | None:
+    """The command that the first line of a folder's config.yaml names, if it has one."""
+    path = out / "config.yaml"
+    if not path.is_file():
+        return None
+    with path.open(encoding="utf-8", errors="replace") as file:
+        found = re.match(r"# pipeline (\S+)", file.readline())
+    return found[1] if found else None
+
+
+def _check_nothing_else(out: Path) -> None:
+    """Raise `UserError` for a finished result that someone has put something beside."""
+    path = out / "run.json"
+    made = read_json(path) if path.is_file() else None
+    if not isinstance(made, dict) or not isinstance(made.get("files"), list):
+        return
+    known = {*map(str, made["files"]), "run.json"}
+    if others := sorted({path.name for path in out.glob("[!.]*")} - known):
+        raise UserError(
+            f"--out: expected nothing but the result to replace in {out}, found {others[0]}"
+        )
+
+
+# ---- What is running ----------------------------------------------------------------------------
 
 
 def _version(package: str) -> str | None:

@@ -105,7 +105,11 @@ class World:
     def classify(self, folder: str, name: str, decisions: dict[int, str]) -> Path:
         """Write certain decisions, with the classes in an order other than the dataset's."""
         names = [*reversed(self.classes), "good"]
-        images = {str(i): [float(n == d) for n in names] for i, d in decisions.items()}
+        images = [
+            {**image, "probabilities": [float(n == decisions[image["id"]]) for n in names]}
+            for image in self._coco(self.images)["images"]
+            if image["id"] in decisions
+        ]
         content = {"name": name, "classes": names, "images": images}
         write_json(self.root / folder / "predictions.json", content)
         return self.root / folder
@@ -200,6 +204,8 @@ def score(world: World, folder: str, scores: dict[int, float], **metrics: Any) -
         for i, value in scores.items()
     ]
     write_json(world.root / folder / "scores.json", {"images": entries})
-    about = {"protocol": "dataset", "fold": None, "image": {"threshold": THRESHOLD}, **metrics}
+    about: dict[str, Any] = {"method": "cosine", "protocol": "dataset", "fold": None}
+    about |= {"image": {"threshold": THRESHOLD}}
+    about |= {"seconds": {"training": 1, "inference_per_image": 0.1}, **metrics}
     write_json(world.root / folder / "metrics.json", about)
     return world.root / folder

@@ -276,6 +276,8 @@ def test_only_what_was_saved_is_loaded(tmp_path: Path) -> None:
         lambda: tensors.write(path, {k: v for k, v in state.items() if "conv" not in k}, about),
         lambda: tensors.write(path, state, {"anomaly": about["anomaly"].replace("seed", "sed")}),
         lambda: tensors.write(path, state, {"anomaly": about["anomaly"].replace("core", "co")}),
+        lambda: tensors.write(path, state, {"anomaly": about["anomaly"].replace(f" {SIZE}", " 0")}),
+        lambda: tensors.write(path, {**state, "bank": state["bank"] * torch.nan}, about),
     ):
         write()
         with pytest.raises(UserError, match=expected):

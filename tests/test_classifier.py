@@ -17,6 +17,7 @@ from torch import nn
 
 from pipeline import cli, resources
 from pipeline.config import FinetuneClassifierConfig, build, read_yaml
+from pipeline.data.dataset import Sample
 from pipeline.data.loggers import Log
 from pipeline.errors import UserError
 from pipeline.models import classifier, training, weights
@@ -75,14 +76,20 @@ def finished(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+def _samples(count: int) -> list[Sample]:
+    return [Sample(i, Path(f"{i}.png"), 8, 8, ()) for i in range(1, count + 1)]
+
+
 def test_outputs(dataset: Path, finished: Path) -> None:
     predictions = json.loads((finished / "predictions.json").read_text())
     assert predictions["name"] == "resnet18 (scratch)"
     assert predictions["classes"] == ["good", "bright", "dark"]
-    assert list(predictions["images"]) == [str(i) for i in range(16, 25)]  # val, then test
-    for probabilities in predictions["images"].values():
-        assert len(probabilities) == 3
-        assert sum(probabilities) == pytest.approx(1, abs=1e-5)
+    assert [image["id"] for image in predictions["images"]] == list(range(16, 25))  # val, test
+    for image in predictions["images"]:
+        assert len(image["probabilities"]) == 3
+        assert sum(image["probabilities"]) == pytest.approx(1, abs=1e-5)
+    first = {key: predictions["images"][0][key] for key in ("file_name", "width", "height")}
+    assert first == {"file_name": "val_0.png", "width": 48, "height": 40}
     rows = list(csv.DictReader((finished / "results.csv").open()))
     assert [row["epoch"] for row in rows] == ["1", "2"]
     assert set(rows[0]) == {"epoch", "train_loss", "train_accuracy", "val_loss", "val_accuracy"}
@@ -95,8 +102,8 @@ def test_accuracies_follow_from_predictions(finished: Path) -> None:
     predictions = json.loads((finished / "predictions.json").read_text())["images"]
     accuracies = json.loads((finished / "accuracy.json").read_text())
     assert {split: values["images"] for split, values in accuracies.items()} == COUNTS
-    for split, ids in {"val": range(16, 22), "test": range(22, 25)}.items():
-        right = [int(np.argmax(predictions[str(i)])) == k % 3 for k, i in enumerate(ids)]
+    for split, its in {"val": predictions[:6], "test": predictions[6:]}.items():
+        right = [int(np.argmax(image["probabilities"])) == k % 3 for k, image in enumerate(its)]
         assert accuracies[split]["accuracy"] == pytest.approx(np.mean(right))
         assert accuracies[split]["balanced_accuracy"] == pytest.approx(np.mean(right))
         assert accuracies[split]["always_good"] == pytest.approx(1 / 3)
@@ -108,7 +115,7 @@ def test_balanced_accuracy_of_an_unbalanced_split(tmp_path: Path) -> None:
     nn.init.zeros_(model.backbone.fc.weight)  # type: ignore[union-attr, arg-type]
     model.backbone.fc.bias.data = torch.tensor([1.0, 0.0])  # type: ignore[union-attr]
     images = torch.zeros(4, 3, 32, 32, dtype=torch.uint8)
-    split = finetune_classifier.Split([7, 8, 9, 10], images, torch.tensor([0, 0, 0, 1]), 40.0)
+    split = finetune_classifier.Split(_samples(4), images, torch.tensor([0, 0, 0, 1]), 40.0)
     nothing = finetune_classifier.Split([], images[:0], torch.tensor([], dtype=torch.int64), 0.0)
     config = _config(tmp_path, tmp_path)
     seconds = finetune_classifier.report(model, {"val": split, "test": nothing}, config, Log())
@@ -228,8 +235,8 @@ def test_balance_changes_the_training(
 def test_class_weights() -> None:
     """Training: effective numbers; validation: each class the same."""
     images = torch.zeros(4, 3, 8, 8, dtype=torch.uint8)
-    seen = finetune_classifier.Split([1, 2, 3, 4], images, torch.tensor([0, 0, 0, 1]), 0.0)
-    validation = finetune_classifier.Split([5, 6, 7, 8], images, torch.tensor([0, 1, 1, 1]), 0.0)
+    seen = finetune_classifier.Split(_samples(4), images, torch.tensor([0, 0, 0, 1]), 0.0)
+    validation = finetune_classifier.Split(_samples(4), images, torch.tensor([0, 1, 1, 1]), 0.0)
     weights, val_weights = finetune_classifier._class_weights(seen, validation, 2, "weights")
     assert weights is not None and val_weights is not None
     # effective numbers 1 and 1 + 0.999 + 0.999^2, and a sum of 2

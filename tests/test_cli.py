@@ -395,7 +395,7 @@ def test_a_mistake_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize(
     ("out", "expected"),
     [
-        ("file/deep", "{root}/file/deep: Not a directory"),
+        ("file/deep", "{root}/file: File exists"),
         ("file", "--out: expected a folder, found the file {root}/file"),
         ("n" * 300, "{root}/" + "n" * 300 + ": File name too long"),
         ("full", "--out: expected a new folder or one of ours, found other files in {root}/full"),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from rectangles import filled, write_dataset
 from sklearn.metrics import roc_auc_score
 
 from pipeline import cli
-from pipeline.config import DetectAnomalyConfig, EvaluateConfig, build
+from pipeline.config import DetectAnomalyConfig, EvaluateConfig, build, read_yaml
 from pipeline.data.anomaly import resampled_image_auroc
 from pipeline.data.coco import write_split
 from pipeline.data.files import read_json, write_json, write_text
@@ -85,14 +86,24 @@ def anomaly(
     ]
     write_scores(folder, entries)
     seconds = {"training": 12.5, "inference_per_image": 0.25}
-    made = {"method": "cosine", "protocol": "dataset", "seconds": seconds, **values}
+    made = {"method": "cosine", "protocol": "dataset", "fold": fold, "image": {"threshold": 1}}
+    made |= {"seconds": seconds, **values}
     write_json(folder / "metrics.json", made)
     return finish(folder, "detect-anomaly", fold)
 
 
 def classifier(folder: Path, rows: Mapping[int, Sequence[float]]) -> Path:
     """A run of `pipeline finetune-classifier`: probabilities of scratch, good and stain."""
-    images = {str(image_id): list(row) for image_id, row in rows.items()}
+    images = [
+        {
+            "id": image_id,
+            "file_name": name_of(image_id),
+            "width": WIDTH,
+            "height": HEIGHT,
+            "probabilities": list(row),
+        }
+        for image_id, row in rows.items()
+    ]
     about = {"name": "net (scratch)", "classes": ["scratch", "good", "stain"]}
     write_json(folder / "predictions.json", {**about, "images": images})
     made = {"seconds": 60.0, "seconds_per_image": 0.02}
@@ -375,7 +386,10 @@ def bad(what: str, data: Path, root: Path) -> tuple[list[str], str]:
         return [str(run)], f"{run}/run.json: expected a run of {kinds}, found 'convert'"
     if what == "other fold":
         anomaly(run, scores, fold=1)
-        return [str(run)], f"{run}/config.yaml: expected a run of no fold, found fold 1"
+        return [str(run)], (
+            f"{run}/config.yaml: expected a run of the dataset's single split, "
+            "found one of the dataset's fold 1"
+        )
     if what == "other images":
         anomaly(run, {2: 0.0, 3: 0.0, 4: 0.0})
         return [str(run)], (
@@ -392,8 +406,13 @@ def bad(what: str, data: Path, root: Path) -> tuple[list[str], str]:
         anomaly(run, scores)
         write_json(run / "metrics.json", [])
         return [str(run)], (
-            f"{run}/metrics.json: expected the figures of detect-anomaly, found other JSON"
+            f"{run}/metrics.json: expected figures of `pipeline detect-anomaly`, found other JSON"
         )
+    if what == "no heat map":
+        anomaly(run, scores)
+        path = run / "heatmaps" / name_of(3)
+        path.unlink()
+        return [str(run)], f"{path}: expected an image, found nothing there"
     if what == "true boxes":
         detector(run, FOUND, boxes="truth")
         return [str(run)], f"{run}: expected masks of a detector's boxes, found those of true ones"
@@ -410,7 +429,7 @@ def bad(what: str, data: Path, root: Path) -> tuple[list[str], str]:
 @pytest.mark.parametrize(
     "what",
     ["nothing", "no run", "other command", "other fold", "other images", "other protocol",
-     "other figures", "true boxes", "threshold", "all folds"],
+     "other figures", "no heat map", "true boxes", "threshold", "all folds"],
 )  # fmt: skip
 def test_bad_input(
     what: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -448,3 +467,63 @@ def test_trainings_are_followed(
     (row,) = compare(data, again)["rows"]
     assert row["needs"] == "masks"
     assert row["training_seconds"] == (None if total is None else total + 11)
+
+
+# ---- Damaged files -----------------------------------------------------------------------------
+
+WRONG = (None, "x", float("nan"), -1, 2.5, True, [], {}, [1], {"a": 1})
+
+
+def places(value: Any) -> Iterator[tuple[Any, Any]]:
+    """Every container of a JSON value and a key in it; of lists, the first item alone."""
+    keys = list(value) if isinstance(value, dict) else range(len(value))[:1]
+    for key in keys if isinstance(value, dict | list) else ():
+        yield value, key
+        if isinstance(value[key], dict | list):
+            yield from places(value[key])
+
+
+MAKE: dict[str, Callable[[Path], Path]] = {
+    "--anomaly": lambda run: anomaly(run, dict.fromkeys(range(2, 8), 0.5)),
+    "--classifiers": lambda run: classifier(run, dict.fromkeys(range(2, 8), (0.25, 0.5, 0.25))),
+    "--predictions": lambda run: detector(run, FOUND),
+}
+
+
+@pytest.mark.parametrize("compared", [True, False])
+@pytest.mark.parametrize("flag", MAKE)
+def test_damaged_files_end_in_lines(
+    flag: str, compared: bool, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever stands in the place of any value: a result, or lines that name the file."""
+    run = MAKE[flag](tmp_path / "run")
+    config = run / "config.yaml"
+    config.write_text(json.dumps(read_yaml(config)))  # JSON is YAML
+    command = ["evaluate", "--data", str(data), "--resamples", "0", "--out", str(tmp_path / "out")]
+    if compared:
+        command.append(str(run))
+    elif flag == "--predictions":
+        command += [flag, str(run)]
+    else:
+        command += ["--predictions", str(detector(tmp_path / "boxes", FOUND)), flag, str(run)]
+    accepted, refused = 0, 0
+    for path in (*run.glob("*.json"), config):
+        content = [json.loads(path.read_text())]
+        for container, key in places(content):
+            right = container[key]
+            for value in WRONG if compared else WRONG[:3]:  # an evaluation takes longer
+                container[key] = value
+                path.write_text(json.dumps(content[0]))
+                capsys.readouterr()
+                try:
+                    cli.main([*command, "--force"])
+                    accepted += 1
+                except SystemExit as end:
+                    lines = capsys.readouterr().err.splitlines()
+                    assert end.code == 2 and lines, (path, key, value)
+                    assert all(line.startswith("pipeline evaluate: ") for line in lines), lines
+                    assert all(str(run) in line or "--anomaly" in line for line in lines), lines
+                    refused += 1
+            container[key] = right
+        path.write_text(json.dumps(content[0]))
+    assert refused > 20 and accepted > 0

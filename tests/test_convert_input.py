@@ -79,7 +79,7 @@ BAD = {
     "dangling link": Bad(
         lambda root: (root / "test/good/009.png").symlink_to("nowhere"),
         ["test/good/009.png"],
-        UNREADABLE,
+        "expected an image, found nothing there",
         0,
     ),
     "float image": Bad(

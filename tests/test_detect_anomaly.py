@@ -13,6 +13,7 @@ from rectangles import draw, filled, write_dataset
 
 from pipeline import cli
 from pipeline.config import ConvertConfig, DetectAnomalyConfig, build
+from pipeline.data.dataset import Dataset
 from pipeline.data.files import read_image, read_json, sha256, write_json
 from pipeline.data.heatmaps import read_scores, write_heat_map
 from pipeline.errors import UserError
@@ -202,9 +203,23 @@ def test_bad_input(
     with pytest.raises(UserError) as caught:
         run(root, tmp_path / "out", **options)
     assert caught.value.problems == (expected.format(root),)
-    assert not (tmp_path / "out" / "run.json").exists()
-    if what != "spoilt good":
-        assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_damaged_image_leaves_the_earlier_result(dataset: Path, tmp_path: Path) -> None:
+    data = shutil.copytree(dataset, tmp_path / "data")
+    run(data, tmp_path / "out", method="cosine")
+    before = (tmp_path / "out" / "scores.json").read_bytes()
+    last = Dataset(data).split("test")[-1].path
+    for spoil, found in (
+        (lambda: last.write_bytes(b"no image"), "a file that cannot be decoded"),
+        (last.unlink, "nothing there"),
+    ):
+        spoil()
+        with pytest.raises(UserError, match=f"{last}: expected an image, found {found}"):
+            run(data, tmp_path / "out", method="cosine", force=True)
+        assert (tmp_path / "out" / "scores.json").read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "out"]
 
 
 def test_the_command(category: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -258,9 +273,16 @@ def test_a_heat_map_keeps_its_values(tmp_path: Path) -> None:
 
 
 def test_other_files_are_no_scores_and_no_heat_maps(tmp_path: Path) -> None:
-    for content in ([], {}, {"images": {}}, {"images": [1]}, {"images": [{"id": 1}]}):
-        write_json(tmp_path / "scores.json", content)
-        with pytest.raises(UserError, match=r"scores\.json: expected scores of `pipeline detect-"):
+    expected = {
+        "[]": "expected scores of `pipeline detect-anomaly`, found other JSON",
+        "{}": "expected scores of `pipeline detect-anomaly`, found other JSON",
+        '{"images": {}}': "images: expected a list, found {}",
+        '{"images": [1]}': "images.0: expected keys and values, found 1",
+        '{"images": [{"id": true}]}': r"images.0.id: expected a whole number, found True \(and",
+    }
+    for content, line in expected.items():
+        (tmp_path / "scores.json").write_text(content)
+        with pytest.raises(UserError, match=rf"scores\.json: {line}"):
             read_scores(tmp_path)
     entry = write_heat_map(tmp_path, "a.png", np.eye(8, dtype=np.float32))
     image = {"id": 4, "file_name": "a.png", "width": 8, "height": 8, "split": "test", "class": "x"}

@@ -80,6 +80,27 @@ def test_classifiers_and_true_boxes_are_pooled_with_their_folds(tmp_path: Path) 
     assert metrics["threshold"]["value"] == 0.5  # as given, for all folds
 
 
+@pytest.mark.parametrize("option", ["predictions", "truth_boxes", "classifiers"])
+def test_what_another_fold_has_learned_is_refused(tmp_path: Path, option: str) -> None:
+    """It may have seen the images in training."""
+    world = in_folds(tmp_path)
+    world.classify("net", "net", dict.fromkeys(range(1, 5), "good"))
+    folders = {
+        "predictions": predict_folds(world).parent / "fold0",
+        "truth_boxes": world.truth_boxes(),
+        "classifiers": tmp_path / "net",
+    }
+    path = folders[option] / "config.yaml"
+    predictions = folders.pop("predictions")
+    options: dict[str, Any] = {**folders, "classifiers": (folders["classifiers"],), "fold": 0}
+    for fold, words in ((1, "fold 1"), (None, "single split"), ("x", "fold x")):
+        path.write_text(json.dumps({"fold": fold}))
+        with pytest.raises(UserError, match=f"{path}: expected .*'s fold 0, found .*'s {words}$"):
+            evaluate(world.write(), predictions, **options)
+    path.write_text('{"fold": 0}')
+    evaluate(world.write(), predictions, **options)
+
+
 def test_each_fold_has_its_own_line_of_review(tmp_path: Path) -> None:
     world = in_folds(tmp_path)
     world.predict(

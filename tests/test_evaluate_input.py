@@ -21,7 +21,9 @@ def test_masks_of_the_val_split_have_to_fit_too(world: World) -> None:
     image = world.add("val", (1, BOX))
     predictions = world.predict("found", (1, 1, BOX, 0.9), (image, 1, BOX, 0.9), quality=(1, 1))
     edit(predictions / "predictions.json", lambda c: c[1]["segmentation"].update(size=[4, 5]))
-    with pytest.raises(UserError, match=f"image {image}: expected masks of 64 rows"):
+    with pytest.raises(
+        UserError, match=f"image {image}: expected a mask as run lengths, of 64 rows"
+    ):
         evaluate(world.write(), predictions)
 
 
@@ -37,7 +39,7 @@ def test_masks_of_the_val_split_have_to_fit_too(world: World) -> None:
         (
             "found/predictions.json",
             lambda c: c[0]["segmentation"].update(size=[4, 5]),
-            "expected masks of 64 rows",
+            "expected a mask as run lengths, of 64 rows and 64 columns, found .4, 5.",
         ),
         (
             "found/predictions.json",
@@ -47,9 +49,31 @@ def test_masks_of_the_val_split_have_to_fit_too(world: World) -> None:
         ("found/predictions.json", lambda c: c[0].update(quality=1.5), "quality of 0 to 1, found"),
         ("truth_boxes/predictions.json", lambda c: c.pop(0), "--truth-boxes: expected a mask"),
         ("model/predictions.json", lambda c: c["classes"].pop(), "expected the classes"),
-        ("model/predictions.json", lambda c: c["images"].pop("2"), "of cut_lead__002.png"),
-        ("model/predictions.json", lambda c: c["images"]["2"].pop(), "expected 5 probabilities"),
+        ("model/predictions.json", lambda c: c["images"].pop(1), "expected cut_lead__002.png"),
+        (
+            "model/predictions.json",
+            lambda c: [i["probabilities"].pop(0) for i in c["images"]],
+            "expected 5 prob",
+        ),
         ("model/predictions.json", lambda c: c.pop("name"), "predictions of a classifier"),
+        ("model/predictions.json", lambda c: c["images"][1].update(width=9), "found cut_.* 9x64"),
+        ("model/predictions.json", lambda c: c["images"][1].update(id=1), "1.* once, found 1 2 t"),
+        (
+            "model/predictions.json",
+            lambda c: c["images"][1].update(probabilities=[0.5, 0.2, 0, 0, 0]),
+            "images.1.probabilities: expected probabilities that sum to 1, found 0.7",
+        ),
+        (
+            "model/predictions.json",
+            lambda c: c["images"][1].update(probabilities=[2, -1, 0, 0, 0]),
+            r"images.1.probabilities.0: expected less than or equal to 1, found 2 \(and 1 more\)",
+        ),
+        ("found/predictions.json", lambda c: c[0].update(score=5), "a number of 0 to 1, found 5"),
+        ("found/predictions.json", lambda c: c[0]["segmentation"].update(counts=3), "run lengths"),
+        ("found/images.json", lambda c: c["images"][1].update(id=[2]), "whole number, found .2."),
+        ("found/images.json", lambda c: c["images"][0].pop("width"), "images.0.width: .* none"),
+        ("found/images.json", lambda c: c["categories"].reverse(), "ids from 1 on, in their order"),
+        ("found/images.json", lambda c: c.update(categories=3), "categories: expected a list"),
     ],
 )
 def test_input_that_does_not_fit_is_refused(

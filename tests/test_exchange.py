@@ -533,7 +533,7 @@ def test_an_export_replaces_nothing_but_an_export(
     assert content(data) == before
     other = shutil.copytree(data, tmp_path / "other")
     error = fails(capsys, "export", *flags, other, "--force")
-    assert "--out: expected a new folder or an earlier export" in error
+    assert "--out: expected a new folder or one of export, found convert's" in error
     assert content(other) == before
     run("export", *flags, tmp_path / "out")
     assert "give --force to replace it" in fails(capsys, "export", *flags, tmp_path / "out")

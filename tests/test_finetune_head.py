@@ -69,10 +69,10 @@ def test_outputs(run: Callable[..., dict[str, Any]], tmp_path: Path, method: str
     predictions = run(tmp_path / "out", method)
     assert method in predictions["name"]
     assert predictions["classes"] == ["good", "scratch", "stain"]
-    assert list(predictions["images"]) == [str(i) for i in range(19, 26)]  # val, then test
-    for probabilities in predictions["images"].values():
-        assert sum(probabilities) == pytest.approx(1, abs=1e-5)
-    decided = [int(np.argmax(row)) for row in predictions["images"].values()]
+    assert [image["id"] for image in predictions["images"]] == list(range(19, 26))  # val, test
+    for image in predictions["images"]:
+        assert sum(image["probabilities"]) == pytest.approx(1, abs=1e-5)
+    decided = [int(np.argmax(image["probabilities"])) for image in predictions["images"]]
     accuracies = json.loads((tmp_path / "out" / "accuracy.json").read_text())
     assert [values["images"] for values in accuracies.values()] == [18, 4, 3]
     assert accuracies["val"]["accuracy"] == np.mean(np.array(decided[:4]) == [0, 0, 1, 2])
@@ -92,7 +92,7 @@ def test_outputs(run: Callable[..., dict[str, Any]], tmp_path: Path, method: str
 def test_it_learns(run: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
     """Rectangles of two shapes on a plain ground are told apart."""
     predictions = run(tmp_path / "out", "balanced-weights")
-    decided = [int(np.argmax(row)) for row in predictions["images"].values()]
+    decided = [int(np.argmax(image["probabilities"])) for image in predictions["images"]]
     assert decided == [0, 0, 1, 2, 0, 2, 1]
 
 
@@ -102,7 +102,7 @@ def test_the_chosen_head_is_the_one_that_is_written(
     """The validation loss that was chosen, computed again from the file and the probabilities."""
     predictions = run(tmp_path / "out", "ecrt")
     chosen = json.loads((tmp_path / "out" / "run.json").read_text())["chosen"]
-    own = [predictions["images"][str(19 + i)][label] for i, label in enumerate((0, 0, 1, 2))]
+    own = [predictions["images"][i]["probabilities"][label] for i, label in enumerate((0, 0, 1, 2))]
     losses = -np.log(own)
     expected = np.mean([losses[:2].mean(), losses[2], losses[3]])  # every class counts the same
     assert chosen["val_loss"] == pytest.approx(expected, abs=1e-4)
@@ -278,7 +278,7 @@ def test_a_class_without_training_images_is_never_decided_for(
     data = write_dataset(tmp_path / "d", splits)
     for method in METHODS:
         predictions = run(tmp_path / method, method, data=data)
-        assert {row[1] for row in predictions["images"].values()} == {0}
+        assert {image["probabilities"][1] for image in predictions["images"]} == {0}
         assert "not learned, for the training images show none: scratch" in capsys.readouterr().out
         chosen = json.loads((tmp_path / method / "run.json").read_text())["chosen"]
         assert chosen["val_loss"] < 5  # the image of the unknown class does not count

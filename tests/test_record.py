@@ -50,7 +50,7 @@ def sign(config: StageConfig) -> str:
 
 def test_the_configuration_comes_back_equal_through_its_own_first_line(data: Path) -> None:
     config = yolo(data, prompts={"cut lead": "ein Draht: ü"}, fold=0, lr=1e-7, device="0,1")
-    record.claim(config.out, force=False)
+    record.claim("finetune-yolo", config)
     record.write_config(config.out, "finetune-yolo", config)
     path = config.out / "config.yaml"
     first = path.read_text(encoding="utf-8").splitlines()[0]
@@ -82,7 +82,7 @@ def test_the_record_has_versions_revision_and_checksums(data: Path) -> None:
     weights = data.parent / "start.pt"
     weights.write_bytes(b"abc")
     config = yolo(data, model=str(weights))
-    record.claim(config.out, force=False)
+    record.claim("finetune-yolo", config)
     record.write_config(config.out, "finetune-yolo", config)
     assert not (config.out / "run.json").exists()
     record.write_record(config.out, "finetune-yolo", config)
@@ -208,41 +208,98 @@ def test_several_inputs_of_one_option_all_count(data: Path) -> None:
 # Claiming a folder
 
 
-def test_a_new_or_empty_folder_can_be_claimed(tmp_path: Path) -> None:
+def test_a_new_or_empty_folder_can_be_claimed(data: Path, tmp_path: Path) -> None:
+    config = yolo(data, out=tmp_path / "a" / "b")
     for _ in range(2):
-        record.claim(tmp_path / "a" / "b", force=False)
-        assert (tmp_path / "a" / "b").is_dir()
+        record.claim("finetune-yolo", config)
+        assert config.out.is_dir()
 
 
 def test_a_finished_result_wants_force(data: Path) -> None:
     config = yolo(data)
-    record.claim(config.out, force=False)
+    record.claim("finetune-yolo", config)
     record.write_record(config.out, "finetune-yolo", config)
     with pytest.raises(UserError, match="holds a finished result; give --force"):
-        record.claim(config.out, force=False)
+        record.claim("finetune-yolo", config)
     assert record.is_complete(config.out, sign(config))
-    record.claim(config.out, force=True)
+    record.claim("finetune-yolo", config.model_copy(update={"force": True}))
     assert not record.is_complete(config.out, sign(config))
 
 
 @pytest.mark.parametrize("force", [False, True])
-def test_other_peoples_files_are_never_claimed(tmp_path: Path, force: bool) -> None:
-    (tmp_path / "thesis.doc").touch()
+def test_other_peoples_files_are_never_claimed(data: Path, tmp_path: Path, force: bool) -> None:
+    path = tmp_path / "mine" / "thesis.doc"
+    path.parent.mkdir()
+    path.touch()
     with pytest.raises(UserError, match="found other files in"):
-        record.claim(tmp_path, force)
+        record.claim("finetune-yolo", yolo(data, out=path.parent, force=force))
     with pytest.raises(UserError, match="expected a folder, found the file"):
-        record.claim(tmp_path / "thesis.doc", force)
-    assert (tmp_path / "thesis.doc").exists()
+        record.claim("finetune-yolo", yolo(data, out=path, force=force))
+    assert path.exists()
+
+
+def test_a_result_of_another_command_is_never_replaced(data: Path) -> None:
+    config = yolo(data, force=True)
+    record.claim("finetune-yolo", config)
+    record.write_config(config.out, "finetune-yolo", config)
+    with pytest.raises(UserError, match="expected a new folder or one of segment, found finetune"):
+        record.claim(
+            "segment",
+            build(SegmentConfig, {"source": data, "boxes": "x", "out": config.out, "force": True}),
+        )
+
+
+@pytest.mark.parametrize("out", ["data", ".", "runs", "runs/fold1"])
+def test_an_input_is_never_replaced(tmp_path: Path, out: str) -> None:
+    (tmp_path / "data").mkdir()
+    for fold in range(2):
+        (tmp_path / "runs" / f"fold{fold}" / "predictions").mkdir(parents=True)
+    values = {"data": tmp_path / "data", "predictions": tmp_path / "runs/fold{fold}/predictions"}
+    config = build(EvaluateConfig, {**values, "fold": "all", "out": tmp_path / out, "force": True})
+    with pytest.raises(UserError, match=r"--out: expected a place apart from --(data|predictions)"):
+        record.check_out("evaluate", config)
+
+
+def test_the_result_takes_its_place_when_it_is_complete(data: Path) -> None:
+    config = yolo(data, force=True)
+    for content in ("old", "new"):
+        with record.result("finetune-yolo", config) as folder:
+            (folder / f"{content}.txt").write_text(content)
+            record.write_record(folder, "finetune-yolo", config)
+    assert {path.name for path in config.out.iterdir()} == {"config.yaml", "new.txt", "run.json"}
+    with pytest.raises(RuntimeError), record.result("finetune-yolo", config) as folder:
+        (folder / "newer.txt").touch()
+        raise RuntimeError
+    assert (config.out / "new.txt").read_text() == "new"
+    assert record.is_complete(config.out, sign(config))
+    (config.out / "notes.txt").touch()
+    with (
+        pytest.raises(
+            UserError, match=r"nothing but the result to replace in .*, found notes\.txt"
+        ),
+        record.result("finetune-yolo", config),
+    ):
+        pass
+    assert {path.name for path in data.parent.iterdir()} == {"data", "out"}
+
+
+def test_a_result_that_is_a_link_stays_one(data: Path, tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    config = yolo(data, out=tmp_path / "link")
+    with record.result("finetune-yolo", config) as folder:
+        record.write_record(folder, "finetune-yolo", config)
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "disk" / "run.json").is_file()
 
 
 def test_what_a_killed_process_left_can_be_claimed(data: Path) -> None:
     config = yolo(data)
-    record.claim(config.out, force=False)
+    record.claim("finetune-yolo", config)
     (config.out / ".config-x1.yaml").touch()  # a temporary file
-    record.claim(config.out, force=False)
+    record.claim("finetune-yolo", config)
     record.write_config(config.out, "finetune-yolo", config)
     (config.out / "results.csv").touch()
-    record.claim(config.out, force=False)
+    record.claim("finetune-yolo", config)
 
 
 # Resuming
@@ -258,7 +315,7 @@ def test_a_training_resumes_only_with_the_same_options_and_inputs(
         return record.can_resume("finetune-yolo", config)
 
     assert not resumable(config)
-    record.claim(config.out, force=False)
+    record.claim("finetune-yolo", config)
     record.write_config(config.out, "finetune-yolo", config)
     assert not resumable(config)  # no checkpoint yet
     path = config.out / checkpoint
@@ -276,10 +333,10 @@ def test_a_training_resumes_only_with_the_same_options_and_inputs(
 
 def test_a_new_claim_forgets_old_checkpoints(data: Path) -> None:
     config = yolo(data)
-    record.claim(config.out, force=False)
+    record.claim("finetune-yolo", config)
     record.write_config(config.out, "finetune-yolo", config)
     (config.out / "last.pt").touch()
-    record.claim(config.out, force=False)
+    record.claim("finetune-yolo", config)
     assert not (config.out / "last.pt").exists()
 
 
@@ -306,7 +363,7 @@ def test_the_record_says_how_long_a_stage_took(data: Path, monkeypatch: pytest.M
     monkeypatch.setattr(record.time, "time", lambda: now)
     config = yolo(data)
     for resumed, expected in ((False, 90.5), (True, None)):
-        record.claim(config.out, force=True)
+        record.claim("finetune-yolo", config.model_copy(update={"force": True}))
         record.write_config(config.out, "finetune-yolo", config)
         now += 90.5
         again = config.model_copy(update={"resume": resumed})

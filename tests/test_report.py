@@ -148,7 +148,8 @@ def test_anomaly_scores_of_the_predictions_or_of_the_run_that_was_evaluated(
         folder / "scores.json",
         {"images": [{**scored, **i, "score": i["id"] / 2} for i in images["images"]]},
     )
-    about = {"protocol": "dataset", "fold": None, "image": {"threshold": 7.5}}
+    about = {"method": "cosine", "protocol": "dataset", "fold": None, "image": {"threshold": 7.5}}
+    about |= {"seconds": {"training": 1, "inference_per_image": 0.1}}
     write_json(folder / "metrics.json", about)
     given = ["--data", root / "dataset", "--predictions", root / "predictions", "--resamples", 0]
     given += ["--threshold", 0.5, "--force", "--out", root / "evaluation"]
@@ -410,7 +411,7 @@ def test_what_does_not_fit_together(root: Path, capsys: pytest.CaptureFixture[st
         f"{root / 'broken.mp4'}: expected a video, found"
     )
     (root / "notes.txt").write_text("mine")
-    assert found(out=root).startswith("--out: expected a new folder or one of ours, found other")
+    assert found(out=root) == f"--out: expected a place apart from --data, found {root}"
     assert not (root / "page" / "index.html").exists()
 
 

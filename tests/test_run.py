@@ -61,19 +61,21 @@ class FakeStages:
             write_text(config.out, content(command, config))
             self.point()
             record.write_record(config.out, command, config)
+        elif isinstance(config, TrainConfig):
+            if not config.resume:
+                record.claim(command, config)
+                self.point()
+                record.write_config(config.out, command, config)
+            self.point()
+            self._train(config.out / CHECKPOINT.get(command, "last.pt"), command, config)
+            self._write(config.out, command, config)
         else:
-            self._run_in_folder(command, config)
+            with record.result(command, config) as out:
+                self.point()
+                self._write(out, command, config)
         self.point()
 
-    def _run_in_folder(self, command: str, config: StageConfig) -> None:
-        out = config.out
-        if not getattr(config, "resume", False):
-            record.claim(out, config.force)
-            self.point()
-            record.write_config(out, command, config)
-        self.point()
-        if isinstance(config, TrainConfig):
-            self._train(out / CHECKPOINT.get(command, "last.pt"), command, config)
+    def _write(self, out: Path, command: str, config: StageConfig) -> None:
         result = content(command, config)
         write_text(out / WEIGHTS.get(command, "result.txt"), result)
         self.point()

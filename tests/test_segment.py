@@ -150,7 +150,7 @@ def test_masks_of_the_boxes_file_are_replaced(
         ({"bbox": [1, 2, 3]}, "entry 1: bbox: expected x, y, width and height in pixels"),
         ({"bbox": [1, 2, -3, 4]}, "entry 1: bbox: expected x, y, width and height in pixels"),
         ({"bbox": [1, 2, float("nan"), 4]}, "entry 1: bbox: expected x, y, width and height"),
-        ({"score": None}, "entry 1: score: expected a number, found None"),
+        ({"score": None}, "entry 1: score: expected a number of 0 to 1, found None"),
     ],
 )
 def test_a_bad_boxes_file_exits_with_2(

@@ -107,26 +107,10 @@ def test_worker_processes_give_the_same_bytes(
     assert _files(tmp_path / "alone") == _files(tmp_path / "pool")
 
 
-def test_existing_folder_is_left_alone(tmp_path: Path) -> None:
-    out = tmp_path / "set"
-    out.mkdir()
+def test_existing_dataset_is_left_alone(tmp_path: Path) -> None:
+    size = {"test_good": 0, "per_defect": 0, "size": 64, "seed": 0}
+    render_dataset(tmp_path / "set", train_good=1, **size)
+    before = _files(tmp_path / "set")
     with pytest.raises(FileExistsError):
-        render_dataset(out, train_good=1, test_good=0, per_defect=0, size=64, seed=0)
-    assert list(out.iterdir()) == []
-
-
-def test_failure_leaves_nothing_behind(tmp_path: Path) -> None:
-    def fail() -> None:
-        raise RuntimeError("stop")
-
-    with pytest.raises(RuntimeError):
-        render_dataset(
-            tmp_path / "set",
-            train_good=2,
-            test_good=0,
-            per_defect=0,
-            size=64,
-            seed=0,
-            on_image=fail,
-        )
-    assert list(tmp_path.iterdir()) == []
+        render_dataset(tmp_path / "set", train_good=2, **size)
+    assert _files(tmp_path / "set") == before

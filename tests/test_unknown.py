@@ -237,20 +237,21 @@ def test_each_fold_has_its_own_run(tmp_path: Path) -> None:
         ),
         (
             {"scores": lambda c: c["images"][0].update(score="high")},
-            "expected scores of `pipeline detect-anomaly`",
+            "scores.json: images.0.score: expected a number, found 'high'",
         ),
         (
             {"metrics": lambda c: c["image"].update(threshold="high")},
-            "metrics.json: expected a number as threshold, found 'high'",
+            "metrics.json: image.threshold: expected a number, found 'high'",
         ),
         (
             {"metrics": lambda c: c.update(image=[])},
-            "expected figures of `pipeline detect-anomaly`",
+            "metrics.json: image: expected keys and values, found ",
         ),
+        ({"metrics": lambda c: c.update(fold=1)}, "expected .*'s single split, found one of .*1: "),
         ({"metrics": lambda c: c.pop("protocol")}, "expected figures of `pipeline detect-anomaly`"),
         (
             {"images": lambda c: c["images"][0].update(anomaly={"score": 1})},
-            "image 1: expected an anomaly score and threshold, found",
+            "images.json: images.0.anomaly.threshold: expected a value, found none",
         ),
     ],
 )

@@ -82,6 +82,9 @@ EXPECTED = {  # of pydantic's types of problems, where its own words would not f
     "int_parsing_size": "a smaller number",
     "float_parsing": "a number",
     "float_type": "a number",
+    "finite_number": "a finite number",
+    "list_type": "a list",
+    "model_type": "keys and values",
     "bool_parsing": "true or false",
     "bool_type": "true or false",
 }

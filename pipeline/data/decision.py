@@ -8,17 +8,38 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
+from pydantic import AfterValidator
 
+from pipeline.config.base import Fraction
+from pipeline.data import stored
 from pipeline.data.dataset import GOOD, Sample
-from pipeline.data.files import read_json
 from pipeline.data.metrics import nanmean
-from pipeline.data.predictions import PREDICTIONS
+from pipeline.data.predictions import PREDICTIONS, mismatches
+from pipeline.data.stored import Image, Images, Stored
 from pipeline.errors import UserError
 
 WITH_ANOMALY = "detector_with_anomaly"  # the model of pipeline/data/joint_decision.py
 OWN_MODELS = ("detector", WITH_ANOMALY, "majority")  # no classifier has these names
+ROUNDING = 1e-3  # of the sum of probabilities
+
+
+def _check_sum(probabilities: list[float]) -> list[float]:
+    if abs(sum(probabilities) - 1) > ROUNDING:
+        raise ValueError(f"expected probabilities that sum to 1, found {sum(probabilities):g}")
+    return probabilities
+
+
+class _Classified(Image):
+    probabilities: Annotated[list[Fraction], AfterValidator(_check_sum)]
+
+
+class _Predictions(Stored):
+    name: str
+    classes: list[str]
+    images: Images[_Classified]
 
 
 @dataclass(frozen=True)
@@ -38,25 +59,20 @@ def read_probabilities(
 ) -> Probabilities:
     """Read a classifier's output folder. Raises `UserError` when it is not of these images."""
     path = folder / PREDICTIONS
-    found = read_json(path)
-    if not isinstance(found, dict) or not {"name", "classes", "images"} <= found.keys():
-        raise UserError(f"{path}: expected predictions of a classifier, found other JSON")
+    found = stored.read(path, _Predictions, "predictions of a classifier")
     ours = [GOOD, *classes]
-    if sorted(found["classes"]) != sorted(ours):
-        raise UserError(f"{path}: expected the classes {ours}, found {found['classes']}")
-    missing = [s.path.name for s in samples if str(s.image_id) not in found["images"]]
-    if missing:
-        raise UserError(
-            *(f"{path}: expected probabilities of {name}, found none" for name in missing)
-        )
-    lengths = {len(row) for row in found["images"].values()}
+    if sorted(found.classes) != sorted(ours):
+        raise UserError(f"{path}: expected the classes {ours}, found {found.classes}")
+    if problems := mismatches(path, [image.model_dump() for image in found.images], samples):
+        raise UserError(stored.first_of(problems))
+    lengths = {len(image.probabilities) for image in found.images}
     if lengths != {len(ours)}:
         raise UserError(
             f"{path}: expected {len(ours)} probabilities per image, found {sorted(lengths)}"
         )
-    order = [found["classes"].index(name) for name in ours]
-    of_image = {int(key): np.array(row)[order] for key, row in found["images"].items()}
-    return Probabilities(found["name"], of_image)
+    order = [found.classes.index(name) for name in ours]
+    of_image = {image.id: np.array(image.probabilities)[order] for image in found.images}
+    return Probabilities(found.name, of_image)
 
 
 def confusion_matrix(

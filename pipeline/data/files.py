@@ -72,6 +72,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     A folder cannot be replaced in one step. Should the process die between the two renames, the old
     one is `.<name>.old`, and the next call puts it back.
     """
+    path = path.resolve()  # of a link to a folder, the folder is replaced
     path.parent.mkdir(parents=True, exist_ok=True)
     old = path.with_name(f".{path.name}.old")
     if old.exists() and not path.exists():
@@ -127,6 +128,8 @@ def decode(path: Path, flags: int) -> np.ndarray:
     try:  # through a buffer: cv2.imread cannot open every Unicode path and prints its own warnings
         buffer = np.fromfile(path, np.uint8)
         image = cv2.imdecode(buffer, flags) if buffer.size else None
+    except FileNotFoundError:
+        raise UserError(f"{path}: expected an image, found nothing there") from None
     except (OSError, cv2.error):
         image = None
     if image is None:

@@ -15,13 +15,16 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import cv2
 import numpy as np
+from pydantic import Field, NonNegativeFloat
 
-from pipeline.config import of_fold
-from pipeline.data.files import atomic_path, decode, read_json, write_json
+from pipeline.config import SplitName, of_fold
+from pipeline.data import stored
+from pipeline.data.files import atomic_path, decode, write_json
+from pipeline.data.stored import Image, Images, Stored
 from pipeline.errors import UserError
 
 SCORES = "scores.json"
@@ -29,8 +32,42 @@ FOLDER = "heatmaps"
 METRICS = "metrics.json"
 LEVELS = 2**16 - 1
 OPACITY = 0.6  # of a heat map over its image, as in the report page
-_KEYS = {"id", "file_name", "width", "height", "split", "class", "score", "heat_map"}
-_HEAT_MAP_KEYS = {"file", "low", "high"}
+
+
+class _HeatMap(Stored):
+    file: str
+    low: float
+    high: float
+
+
+class _Entry(Image):
+    split: SplitName | None
+    cls: str | None = Field(alias="class")
+    score: float
+    heat_map: _HeatMap
+
+
+class _Scores(Stored):
+    images: Images[_Entry]
+
+
+class _OfImages(Stored):
+    threshold: float | None
+
+
+class _Seconds(Stored):
+    training: NonNegativeFloat
+    inference_per_image: NonNegativeFloat
+
+
+class Metrics(Stored):
+    """What others read of the metrics.json of `pipeline detect-anomaly`."""
+
+    method: str
+    protocol: Literal["mvtec", "dataset"]
+    fold: int | None
+    image: _OfImages
+    seconds: _Seconds
 
 
 @dataclass(frozen=True)
@@ -86,72 +123,67 @@ def write_scores(folder: Path, images: list[dict[str, Any]]) -> None:
 
 def read_scores(folder: Path) -> list[Scored]:
     """The entries of scores.json. Raises `UserError` when it is not one."""
-    path = folder / SCORES
-    content = read_json(path)
-    entries = content.get("images") if isinstance(content, dict) else None
-    if not isinstance(entries, list) or not all(map(_is_entry, entries)):
-        raise UserError(f"{path}: expected scores of `pipeline detect-anomaly`, found other JSON")
+    what = "scores of `pipeline detect-anomaly`"
     return [
         Scored(
-            image_id=entry["id"],
-            file_name=entry["file_name"],
-            width=entry["width"],
-            height=entry["height"],
-            split=entry["split"],
-            cls=entry["class"],
-            score=entry["score"],
-            path=folder / entry["heat_map"]["file"],
-            low=entry["heat_map"]["low"],
-            high=entry["heat_map"]["high"],
+            image_id=entry.id,
+            file_name=entry.file_name,
+            width=entry.width,
+            height=entry.height,
+            split=entry.split,
+            cls=entry.cls,
+            score=entry.score,
+            path=folder / entry.heat_map.file,
+            low=entry.heat_map.low,
+            high=entry.heat_map.high,
         )
-        for entry in entries
+        for entry in stored.read(folder / SCORES, _Scores, what).images
     ]
 
 
-def read_by_id(folder: Path, folds: int | None = None) -> dict[int, Scored]:
+def read_by_id(
+    folder: Path, fold: int | Literal["all"] | None, folds: int = 0
+) -> dict[int, Scored]:
     """The entries of scores.json by image id.
 
     Of all folds, `folds` in number and their paths with `{fold}`, each image's is that of the fold
-    that tests it. Raises `UserError` when they are not scores.
+    that tests it. Raises `UserError` when they are not scores, or of another fold.
     """
-    if folds is None:
+    if fold != "all":
+        stored.check_fold(folder, fold)
         return {its.image_id: its for its in read_scores(folder)}
     found: dict[int, Scored] = {}
     for k in range(folds):
-        scored = read_scores(of_fold(folder, k))
-        found |= {its.image_id: its for its in scored if its.split == "test"}
+        scored = read_by_id(of_fold(folder, k), k)
+        found |= {key: its for key, its in scored.items() if its.split == "test"}
     return found
 
 
-def read_metrics(folder: Path) -> dict[str, Any]:
+def read_metrics(folder: Path) -> Metrics:
     """The figures of `pipeline detect-anomaly`. Raises `UserError` when they are not there."""
-    path = folder / METRICS
-    content = read_json(path)
-    known = isinstance(content, dict) and content.keys() >= {"protocol", "fold", "image"}
-    if not known or not isinstance(content["image"], dict):
-        raise UserError(f"{path}: expected figures of `pipeline detect-anomaly`, found other JSON")
-    return content
+    return stored.read(folder / METRICS, Metrics, "figures of `pipeline detect-anomaly`")
+
+
+def check_dataset(folder: Path, fold: int | None) -> None:
+    """Raise `UserError` unless a run of `pipeline detect-anomaly` is of a dataset and this fold."""
+    made = read_metrics(folder)
+    found = stored.fold_in_words(made.fold)
+    if made.protocol != "dataset":
+        found = "an MVTec category, which may have learned images of the dataset's splits"
+    if made.protocol != "dataset" or made.fold != fold:
+        expected = stored.fold_in_words(fold)
+        raise UserError(f"--anomaly: expected a run of {expected}, found one of {found}: {folder}")
 
 
 def read_threshold(folder: Path) -> float:
     """The score with the best F1 on val. Raises `UserError` where there was none to choose."""
-    threshold = read_metrics(folder)["image"].get("threshold")
+    threshold = read_metrics(folder).image.threshold
     if threshold is None:
         raise UserError(
             f"--anomaly: expected a threshold in {folder / METRICS}, found none, for there was no "
             "val split with defects to choose it on; give one (--anomaly-threshold)"
         )
-    if not isinstance(threshold, int | float):
-        raise UserError(f"{folder / METRICS}: expected a number as threshold, found {threshold!r}")
-    return float(threshold)
-
-
-def _is_entry(value: object) -> bool:
-    if not (isinstance(value, dict) and value.keys() >= _KEYS):
-        return False
-    if not isinstance(value["score"], int | float):
-        return False
-    return isinstance(value["heat_map"], dict) and value["heat_map"].keys() >= _HEAT_MAP_KEYS
+    return threshold
 
 
 # ---- Pictures ---------------------------------------------------------------------------------

@@ -80,17 +80,19 @@ def _of_category(source: Path) -> OneClass:
     if scan.problems:
         raise UserError(*map(str, scan.problems))
     classes = tuple(sorted({entry.cls for entry in scan.entries} - {GOOD}))
-    problems, pictures = [], []
+    problems, pictures, good = [], [], []
     for image_id, entry in enumerate(scan.entries, start=1):
+        try:
+            sample = _sample(image_id, entry, classes)
+        except mvtec.BadFiles as bad:
+            problems += bad.problems
+            continue
         if entry.image.parent.parent.name == "test":
-            try:
-                sample = _sample(image_id, entry, classes)
-                pictures.append(Picture(sample, entry.name + entry.image.suffix, "test"))
-            except mvtec.BadFiles as bad:
-                problems += bad.problems
+            pictures.append(Picture(sample, entry.name + entry.image.suffix, "test"))
+        else:
+            good.append(entry.image)
     if problems:
         raise UserError(*map(str, problems))
-    good = [e.image for e in scan.entries if e.image.parent.parent.name == "train"]
     return OneClass("mvtec", classes, good, pictures)
 
 

@@ -16,14 +16,17 @@ import reprlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import supervision as sv
+from pydantic import AfterValidator
 
-from pipeline.data import quality
+from pipeline.config.base import Fraction
+from pipeline.data import quality, stored
 from pipeline.data.files import read_json, write_json
 from pipeline.data.masks import decode_rle, encode_rle, is_rle
+from pipeline.data.stored import Image, Images, Stored
 from pipeline.errors import UserError
 
 if TYPE_CHECKING:  # which itself reads results
@@ -31,6 +34,33 @@ if TYPE_CHECKING:  # which itself reads results
 
 PREDICTIONS = "predictions.json"
 IMAGES = "images.json"
+
+
+class _Anomaly(Stored):
+    score: float
+    threshold: float
+
+
+class _Seen(Image):
+    threshold: Fraction = 0
+    anomaly: _Anomaly | None = None
+
+
+class _Category(Stored):
+    id: int
+    name: str
+
+
+def _check_categories(categories: list[_Category]) -> list[_Category]:
+    found = [category.id for category in categories]
+    if found != list(range(1, len(found) + 1)):
+        raise ValueError(f"expected ids from 1 on, in their order, found {found}")
+    return categories
+
+
+class _SeenImages(Stored):
+    images: Images[_Seen]
+    categories: Annotated[list[_Category], AfterValidator(_check_categories)]
 
 
 def coco_results(image_id: int, detections: sv.Detections) -> list[dict[str, Any]]:
@@ -82,9 +112,9 @@ def write_predictions(
 
 def read_images(folder: Path) -> tuple[tuple[str, ...], list[dict[str, Any]]]:
     """Classes and COCO images of `write_predictions`. Raises `UserError` when there are none."""
-    coco = read_json(folder / IMAGES)
-    if not isinstance(coco, dict) or not {"images", "categories"} <= coco.keys():
-        raise UserError(f"{folder / IMAGES}: expected COCO images and categories, found other JSON")
+    path = folder / IMAGES
+    coco = read_json(path)
+    stored.check(path, coco, _SeenImages, "COCO images and categories")
     return tuple(category["name"] for category in coco["categories"]), coco["images"]
 
 
@@ -191,14 +221,12 @@ def check_prompts(
                 )
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
 
 
-def _is_anomaly(value: object) -> bool:
-    if not (isinstance(value, dict) and value.keys() == {"score", "threshold"}):
-        return False
-    return all(map(_is_number, value.values()))
+def _is_fraction(value: Any) -> bool:
+    return _is_number(value) and 0 <= value <= 1
 
 
 def _is_box(value: object) -> bool:
@@ -224,10 +252,10 @@ def _is_point(value: object) -> bool:
 
 
 _VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "image_id": (lambda value: isinstance(value, int), "a whole number"),
-    "category_id": (lambda value: isinstance(value, int) and value > 0, "a whole number above 0"),
+    "image_id": (lambda value: type(value) is int, "a whole number"),
+    "category_id": (lambda value: type(value) is int and value > 0, "a whole number above 0"),
     "bbox": (_is_box, "x, y, width and height in pixels"),
-    "score": (_is_number, "a number"),
+    "score": (_is_fraction, "a number of 0 to 1"),
     "segmentation": (_is_rle, "COCO's compressed run lengths, size and counts"),
     "points": (_is_points, "a list of [x, y, label] with label 1 (foreground) or 0 (background)"),
 }
@@ -289,12 +317,6 @@ def read_predictions(
     wanted = list(by_id.values())
     problems += _check_entries(folder / PREDICTIONS, results, len(classes), wanted)
     anomalies = {image["id"]: image["anomaly"] for image in images if "anomaly" in image}
-    problems += [
-        f"{folder / IMAGES}: image {image_id}: expected an anomaly score and threshold, "
-        f"found {reprlib.repr(value)}"
-        for image_id, value in anomalies.items()
-        if not _is_anomaly(value)
-    ]
     if problems:
         raise UserError(*problems)
     return Predictions(
@@ -317,15 +339,16 @@ def _check_entries(
             )
         if "segmentation" in entry:
             with_masks += 1
-            size = entry["segmentation"]["size"]
-            if size != [sample.height, sample.width]:
+            mask, size = entry["segmentation"], [sample.height, sample.width]
+            if not _is_rle(mask) or mask["size"] != size:
+                found = mask["size"] if _is_rle(mask) else mask
                 problems.append(
-                    f"{where}: expected masks of {sample.height} rows and {sample.width} columns, "
-                    f"found {size[0]} and {size[1]}"
+                    f"{where}: expected a mask as run lengths, of {sample.height} rows and "
+                    f"{sample.width} columns, found {reprlib.repr(found)}"
                 )
         if (value := entry.get("quality")) is not None:
             with_quality += 1
-            if not (isinstance(value, int | float) and 0 <= value <= 1):
+            if not _is_fraction(value):
                 problems.append(f"{where}: expected a quality of 0 to 1, found {value!r}")
     for name, count in (("masks", with_masks), ("quality", with_quality)):
         if count not in (0, len(entries)):

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline import record
 from pipeline.config import FOLD, SECTIONS, of_fold, read_yaml
 from pipeline.data.files import read_json
 from pipeline.models.weights import load_registry
@@ -56,11 +57,10 @@ def trace(evaluation: Path, *others: Path) -> Made:
         if made is None or folder in steps:
             continue
         options = read_yaml(folder / "config.yaml") if (folder / "config.yaml").is_file() else {}
-        command = made["command"]
-        steps[folder] = Step(command, str(folder), options, made.get("seconds"))
+        steps[folder] = Step(made.command, str(folder), options, made.seconds)
         for name, path, checksum in _named(made, options):
             if name in WEIGHTS and options.get("pretrained") is not False:
-                found = _weights(command, name, path, checksum)
+                found = _weights(made.command, name, path, checksum)
                 weights.setdefault((found.role, checksum), found)
             if path.is_dir():
                 waiting.append(path)
@@ -69,19 +69,20 @@ def trace(evaluation: Path, *others: Path) -> Made:
     order = {section.replace("_", "-"): place for place, section in enumerate(SECTIONS)}
     # What is no part of a run, such as another way to make a dataset, comes first.
     ordered = sorted(steps.values(), key=lambda step: (order.get(step.command, -1), step.folder))
-    return Made(ordered, list(weights.values()), _versions(_record(evaluation) or {}))
+    return Made(ordered, list(weights.values()), _versions(_record(evaluation)))
 
 
-def _record(folder: Path) -> dict[str, Any] | None:
-    """The record of a finished stage in a folder, if there is one."""
+def _record(folder: Path) -> record.Record | None:
+    """The record of a finished stage in a folder, if there is one: others have a run.json too."""
     path = folder / "run.json"
-    found = read_json(path) if path.is_file() else None
-    return found if isinstance(found, dict) and "inputs" in found else None
+    content = read_json(path) if path.is_file() else None
+    ours = isinstance(content, dict) and {"command", "inputs"} <= content.keys()
+    return record.read(folder) if ours else None
 
 
-def _named(made: dict[str, Any], options: dict[str, Any]) -> Iterator[tuple[str, Path, str]]:
+def _named(made: record.Record, options: dict[str, Any]) -> Iterator[tuple[str, Path, str]]:
     """The inputs of a stage that options name: name of the option, path, checksum."""
-    for key, checksum in made["inputs"].items():
+    for key, checksum in made.inputs.items():
         name, _, place = key.rstrip("]").partition("[")
         value = options.get(name)
         if isinstance(value, list):
@@ -103,8 +104,8 @@ def _weights(command: str, name: str, path: Path, checksum: str) -> Weights:
     return Weights(role, str(path), checksum, known.licence if known else "")
 
 
-def _versions(made: dict[str, Any]) -> dict[str, str]:
-    found = {name: made.get(name) for name in ("pipeline", "revision", "python")}
-    return {
-        name: str(value) for name, value in {**found, **made.get("packages", {})}.items() if value
-    }
+def _versions(made: record.Record | None) -> dict[str, str]:
+    if made is None:
+        return {}
+    found = {"pipeline": made.pipeline, "revision": made.revision, "python": made.python}
+    return {name: value for name, value in {**found, **made.packages}.items() if value}

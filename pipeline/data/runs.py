@@ -22,15 +22,16 @@ from typing import Any
 
 import numpy as np
 
+from pipeline import record
 from pipeline.config import read_yaml
-from pipeline.data import costs, heatmaps, joint_decision
+from pipeline.data import costs, heatmaps, joint_decision, stored
 from pipeline.data.dataset import Sample
 from pipeline.data.decision import read_probabilities
 from pipeline.data.evaluation.thresholds import DEFAULT_THRESHOLD, best_threshold
-from pipeline.data.files import read_json
 from pipeline.data.metrics import decide
 from pipeline.data.predictions import Predictions, mismatches, read_images, read_predictions
 from pipeline.data.provenance import Step, trace
+from pipeline.data.stored import Stored
 from pipeline.errors import UserError
 
 
@@ -58,6 +59,13 @@ class Answers:
     seconds_per_image: float | None
 
 
+class _Options(Stored):
+    """What is read of the config.yaml of `pipeline segment`."""
+
+    boxes: str
+    sam: str
+
+
 def read(
     folder: Path,
     fold: int | None,
@@ -75,28 +83,18 @@ def read(
         raise UserError(
             f"{folder}: expected a finished run of {', '.join(COMMANDS)}, found no run.json there"
         )
-    content = read_json(made)
-    command = str(content.get("command")) if isinstance(content, dict) else "other JSON"
+    command = record.read(folder).command
     if command not in COMMANDS:
         raise UserError(f"{made}: expected a run of {', '.join(COMMANDS)}, found {command!r}")
-    options = read_yaml(folder / "config.yaml")
-    if options.get("fold") != fold:
-        expected, found = (
-            "no fold" if k is None else f"fold {k}" for k in (fold, options.get("fold"))
-        )
-        raise UserError(f"{folder / 'config.yaml'}: expected a run of {expected}, found {found}")
+    stored.check_fold(folder, fold)
     return COMMANDS[command](folder, classes, samples, val)
 
 
 def _read_anomaly(
     folder: Path, classes: Sequence[str], samples: Sequence[Sample], val: Sequence[Sample]
 ) -> Answers:
-    made = read_json(folder / "metrics.json")
-    if not isinstance(made, dict) or not {"method", "protocol", "seconds"} <= made.keys():
-        raise UserError(
-            f"{folder / 'metrics.json'}: expected the figures of detect-anomaly, found other JSON"
-        )
-    if made["protocol"] != "dataset":
+    made = heatmaps.read_metrics(folder)
+    if made.protocol != "dataset":
         raise UserError(
             f"{folder}: expected a run on a dataset folder, found one on an MVTec category, whose "
             "own protocol has other splits"
@@ -109,7 +107,7 @@ def _read_anomaly(
     ]
     _check(path, images, [*samples, *(s for s in val if s.image_id in scored)])
     return Answers(
-        method=made["method"],
+        method=made.method,
         needs="good images",
         scores={image_id: its.score for image_id, its in scored.items()},
         pixels=Pixels(
@@ -120,8 +118,8 @@ def _read_anomaly(
         decisions=None,
         predictions=None,
         threshold=None,
-        training_seconds=made["seconds"]["training"],
-        seconds_per_image=made["seconds"]["inference_per_image"],
+        training_seconds=made.seconds.training,
+        seconds_per_image=made.seconds.inference_per_image,
     )
 
 
@@ -129,7 +127,7 @@ def _read_classifier(
     folder: Path, classes: Sequence[str], samples: Sequence[Sample], val: Sequence[Sample]
 ) -> Answers:
     found = read_probabilities(folder, classes, samples)
-    made = read_json(folder / "run.json")
+    made = record.read(folder)
     return Answers(
         method=found.name,
         needs="labels",
@@ -138,15 +136,15 @@ def _read_classifier(
         decisions=found.decisions(samples),
         predictions=None,
         threshold=None,
-        training_seconds=made.get("seconds"),
-        seconds_per_image=made.get("seconds_per_image"),
+        training_seconds=made.seconds,
+        seconds_per_image=made.seconds_per_image,
     )
 
 
 def _read_detector(
     folder: Path, classes: Sequence[str], samples: Sequence[Sample], val: Sequence[Sample]
 ) -> Answers:
-    if read_yaml(folder / "config.yaml")["boxes"] == "truth":
+    if _options(folder).boxes == "truth":
         raise UserError(f"{folder}: expected masks of a detector's boxes, found those of true ones")
     found = read_predictions(folder, classes, samples, val)
     seen = val if found.images.issuperset(sample.image_id for sample in val) else ()
@@ -163,7 +161,7 @@ def _read_detector(
         decisions = list(joint.decisions)
     masked = all("segmentation" in e for s in known for e in found.results.get(s.image_id, ()))
     trainings = _trainings(folder)
-    seconds = read_json(folder / "run.json").get("seconds")
+    seconds = record.read(folder).seconds
     return Answers(
         method="YOLO-World + SAM" + (" + anomaly" if joint is not None else ""),
         needs="masks" if any(map(_learns_masks, trainings)) else "boxes",
@@ -187,10 +185,8 @@ COMMANDS: Mapping[str, Callable[..., Answers]] = {
 
 def _check(path: Path, images: Sequence[Mapping[str, Any]], samples: Sequence[Sample]) -> None:
     """Raise `UserError` with the first image that a run has not seen, or has seen as another."""
-    problems = mismatches(path, images, samples)
-    if problems:
-        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        raise UserError(problems[0] + more)
+    if problems := mismatches(path, images, samples):
+        raise UserError(stored.first_of(problems))
 
 
 def _best_score(predictions: Predictions, sample: Sample) -> np.ndarray:
@@ -209,9 +205,9 @@ def _trainings(folder: Path) -> list[Step | None]:
     None for one whose record cannot be found; weights of the registry need none.
     """
     steps = {Path(step.folder): step for step in trace(folder).steps}
-    options = read_yaml(folder / "config.yaml")
+    options = _options(folder)
     found: list[Step | None] = []
-    for path in (Path(options["boxes"]).resolve(), Path(options["sam"]).resolve()):
+    for path in (Path(options.boxes).resolve(), Path(options.sam).resolve()):
         if path.is_file():  # a checkpoint in a run's folder, or in one below it
             step = steps.get(path.parent, steps.get(path.parent.parent))
             boxes_of_run = step is not None and step.command == "segment"
@@ -219,6 +215,11 @@ def _trainings(folder: Path) -> list[Step | None]:
         elif path.suffix:  # no name of the registry, so a file that is gone
             found.append(None)
     return found
+
+
+def _options(folder: Path) -> _Options:
+    path = folder / "config.yaml"
+    return stored.check(path, read_yaml(path), _Options, "the options of `pipeline segment`")
 
 
 def _learns_masks(training: Step | None) -> bool:

@@ -56,6 +56,10 @@ def load(folder: Path, device: torch.device | str = "cpu") -> Method:
     state, metadata = tensors.read(path, "an anomaly detector of `pipeline detect-anomaly`")
     try:
         about = json.loads(metadata["anomaly"])
+        if type(about["image_size"]) is not int or about["image_size"] < 1:
+            raise ValueError(f"an image size of {about['image_size']!r}")
+        if broken := [name for name, its in state.items() if not torch.isfinite(its).all()]:
+            raise ValueError(f"numbers that are not finite in {broken[0]}")
         method = METHODS[about["method"]](about["image_size"], **about["options"])
         method.learn({name: state[name] for name in method.fitted})
         method.load_state_dict(state)

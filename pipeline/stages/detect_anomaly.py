@@ -22,7 +22,6 @@ where there is no val split with defects to choose it on.
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -53,10 +52,17 @@ def run(config: DetectAnomalyConfig) -> None:
     device = torch_device(config.device)
     source = one_class.read(config.source, config.fold)
     method = anomaly.create(config).to(device)
-    record.claim(config.out, config.force)
-    record.write_config(config.out, COMMAND, config)
-    _remove_results(config.out)
+    with record.result(COMMAND, config) as out:
+        values = _fit_and_score(method, source, config, out)
+        record.write_record(out, COMMAND, config)
+    _show(values)
+    print(f"scores and heat maps of {len(source.pictures)} images: {config.out}")
 
+
+def _fit_and_score(
+    method: Method, source: OneClass, config: DetectAnomalyConfig, out: Path
+) -> dict[str, Any]:
+    """Write all files; returns the content of metrics.json."""
     started = time.monotonic()
     with Progress() as progress:
         bar = progress.add_task("reading", total=len(source.good))
@@ -65,12 +71,12 @@ def run(config: DetectAnomalyConfig) -> None:
         method.fit(
             images, lambda done, words: progress.update(bar, completed=done, description=words)
         )
-    anomaly.save(method, config.out)
+    anomaly.save(method, out)
     if method.losses:
-        training.write_results(config.out / "results.csv", method.losses)
-        training.plot_curves(config.out / "curves.png", method.losses, [["loss"]])
+        training.write_results(out / "results.csv", method.losses)
+        training.plot_curves(out / "curves.png", method.losses, [["loss"]])
     fitted = time.monotonic()
-    _score(method, source, config.out)
+    _score(method, source, out)
     seconds = {"training": fitted - started, "inference": time.monotonic() - fitted}
 
     values = {
@@ -78,23 +84,14 @@ def run(config: DetectAnomalyConfig) -> None:
         "protocol": source.protocol,
         "fold": config.fold,
         "good_images": len(source.good),
-        **_measure(source, heatmaps.read_scores(config.out)),
+        **_measure(source, heatmaps.read_scores(out)),
         "seconds": {
             **{key: round(value, 1) for key, value in seconds.items()},
             "inference_per_image": round(seconds["inference"] / len(source.pictures), 3),
         },
     }
-    write_json(config.out / "metrics.json", values)
-    record.write_record(config.out, COMMAND, config)
-    _show(values)
-    print(f"scores and heat maps of {len(source.pictures)} images: {config.out}")
-
-
-def _remove_results(out: Path) -> None:
-    """Remove what an earlier run has left, which would not be overwritten at once."""
-    shutil.rmtree(out / heatmaps.FOLDER, ignore_errors=True)
-    for name in (anomaly.FILE, heatmaps.SCORES, "metrics.json", "results.csv", "curves.png"):
-        (out / name).unlink(missing_ok=True)
+    write_json(out / heatmaps.METRICS, values)
+    return values
 
 
 def _images(

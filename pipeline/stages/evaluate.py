@@ -13,7 +13,6 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -33,9 +32,9 @@ from pipeline.data.files import write_json, write_text
 from pipeline.data.predictions import write_predictions
 from pipeline.errors import UserError
 
+COMMAND = "evaluate"
 UNKNOWN = "unknown"  # the decision on an image that is anomalous, no known class
-EVALUATED = ("metrics.json", "report.md", "images.csv")
-COMPARED = ("comparison.json", "comparison.md")
+COMPARISON = "comparison.md"
 CSV_COLUMNS = (
     "image_id", "file_name", "class", "decision", "verdict", "defects", "found", "boxes", "iou",
 )  # fmt: skip
@@ -66,10 +65,17 @@ def run(config: EvaluateConfig) -> None:
         raise UserError("--predictions: required without runs to compare, not given")
     classes = dataset.classes
     parts = [read_part(config, dataset, fold, its) for fold, its in _samples(config, dataset)]
-    record.claim(config.out, config.force)
-    record.write_config(config.out, "evaluate", config)
-    _remove(config.out, *COMPARED)
+    with record.result(COMMAND, config) as out:
+        values = _evaluate(config, classes, parts, out)
+        record.write_record(out, COMMAND, config)
+    report.show(values)
+    print(f"report: {config.out / 'report.md'}")
 
+
+def _evaluate(
+    config: EvaluateConfig, classes: Sequence[str], parts: Sequence[Part], out: Path
+) -> dict[str, Any]:
+    """Write all files; returns the content of metrics.json."""
     measured = measure(classes, parts)
     chosen = [part.threshold for part in parts]
     shows_published = config.published and set(classes) == PUBLISHED_CLASSES
@@ -85,20 +91,17 @@ def run(config: EvaluateConfig) -> None:
         "intervals": intervals(measured, config.resamples, config.seed),
         "published": PUBLISHED if shows_published else None,
     }
-    write_json(config.out / "metrics.json", values)
-    write_text(config.out / "report.md", report.markdown(values))
-    write_text(config.out / "images.csv", _images_csv(measured))
-    _plot(config.out, measured, values)
-    _write_errors(config.out / "errors", parts, measured)
-    shutil.rmtree(config.out / "out_of_fold", ignore_errors=True)  # of an earlier run
+    write_json(out / "metrics.json", values)
+    write_text(out / "report.md", report.markdown(values))
+    write_text(out / "images.csv", _images_csv(measured))
+    _plot(out, measured, values)
+    _write_errors(out / "errors", parts, measured)
     if config.fold == "all":
-        _write_out_of_fold(config.out / "out_of_fold", classes, parts)
+        _write_out_of_fold(out / "out_of_fold", classes, parts)
     with loggers.opened(config) as log:
         log.metrics(loggers.flat(values))
-        log.pictures(config.out)
-    record.write_record(config.out, "evaluate", config)
-    report.show(values)
-    print(f"report: {config.out / 'report.md'}")
+        log.pictures(out)
+    return values
 
 
 def _compare(config: EvaluateConfig, dataset: Dataset) -> None:
@@ -108,12 +111,24 @@ def _compare(config: EvaluateConfig, dataset: Dataset) -> None:
         for fold, samples in _samples(config, dataset)
     ]
     answers = [_read_run(path, dataset.classes, parts) for path in config.runs]
-    record.claim(config.out, config.force)
-    record.write_config(config.out, "evaluate", config)
-    _remove(config.out, *EVALUATED)
+    with record.result(COMMAND, config) as out:
+        values = _write_comparison(config, dataset.classes, parts, answers, out)
+        record.write_record(out, COMMAND, config)
+    comparison.show(values)
+    print(f"comparison: {config.out / COMPARISON}")
+
+
+def _write_comparison(
+    config: EvaluateConfig,
+    classes: Sequence[str],
+    parts: Sequence[comparison.Part],
+    answers: Sequence[Sequence[runs.Answers]],
+    out: Path,
+) -> dict[str, Any]:
+    """Write all files; returns the content of comparison.json."""
     read = list(zip(config.runs, answers, strict=True))
     rows = [
-        comparison.row(path, its, parts, dataset.classes, config.resamples, config.seed)
+        comparison.row(path, its, parts, classes, config.resamples, config.seed)
         for path, its in track(read, description="measure")
     ]
     labels = [sample.label for part in parts for sample in part.samples]
@@ -125,20 +140,11 @@ def _compare(config: EvaluateConfig, dataset: Dataset) -> None:
         "resamples": config.resamples,
         "rows": comparison.rows(rows),
     }
-    rows_path, tables_path = (config.out / name for name in COMPARED)
-    write_json(rows_path, values)
-    write_text(tables_path, comparison.markdown(values))
+    write_json(out / "comparison.json", values)
+    write_text(out / COMPARISON, comparison.markdown(values))
     with loggers.opened(config) as log:
         log.metrics(loggers.flat({its["label"]: its for its in values["rows"]}))
-    record.write_record(config.out, "evaluate", config)
-    comparison.show(values)
-    print(f"comparison: {tables_path}")
-
-
-def _remove(out: Path, *names: str) -> None:
-    """Remove files of an earlier run, of the other kind."""
-    for name in names:
-        (out / name).unlink(missing_ok=True)
+    return values
 
 
 # Input
@@ -193,7 +199,6 @@ def _plot(out: Path, measured: Measured, values: dict[str, Any]) -> None:
     }
     matrices = plots.confusions(confusions, (GOOD, *measured.classes))
     plots.save_png(matrices, out / "confusion.png")
-    (out / "quality.png").unlink(missing_ok=True)  # of an earlier run
     if measured.review is not None:
         review = measured.review
         figure = plots.quality(review.judged, measured.classes, review.below)

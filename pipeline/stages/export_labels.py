@@ -19,7 +19,7 @@ from pipeline.data.dataset import Dataset, Sample
 from pipeline.data.dataset_folder import check_apart, place_image, raise_any
 from pipeline.data.exchange import outline
 from pipeline.data.exchange.labels import Labels
-from pipeline.data.files import atomic_folder, read_json
+from pipeline.data.files import atomic_folder
 from pipeline.data.masks import decode_rle
 from pipeline.data.predictions import (
     IMAGES,
@@ -83,10 +83,7 @@ def _check_out(config: ExportConfig) -> None:
     """Raises `UserError` for an output that may not be replaced: it would be as a whole."""
     read = {"--data": config.data, "--predictions": config.predictions}
     check_apart(config.out, {name: path for name, path in read.items() if path is not None})
-    record.check_folder(config.out, config.force)
-    made = config.out / "run.json"
-    if made.is_file() and read_json(made).get("command") != COMMAND:
-        raise UserError(f"--out: expected a new folder or an earlier export, found {config.out}")
+    record.check_out(COMMAND, config)
 
 
 def _predicted(

@@ -43,7 +43,7 @@ COMMAND = "finetune-classifier"
 class Split:
     """A split in memory: decoded and resized once, so that epochs are fast."""
 
-    ids: list[int]
+    samples: list[Sample]
     images: torch.Tensor  # (n, 3, size, size) uint8 RGB
     labels: torch.Tensor  # (n,) int64: 0 is good, then the dataset's classes
     seconds: float  # that reading it took
@@ -68,7 +68,7 @@ def run(config: FinetuneClassifierConfig) -> None:
     model = _model(config, (GOOD, *dataset.classes)).to(device)
     splits = {name: _in_memory(split, config.image_size) for name, split in samples.items()}
     if not config.resume:
-        record.claim(config.out, config.force)
+        record.claim(COMMAND, config)
         record.write_config(config.out, COMMAND, config)
     with loggers.opened(config, resumed=config.resume) as log:
         train(model, splits["train"], splits["val"], config, log)
@@ -96,7 +96,7 @@ def _in_memory(samples: list[Sample], size: int) -> Split:
     images = [classifier.resized(sample.image(), size) for sample in samples]
     seconds = time.monotonic() - started
     return Split(
-        [sample.image_id for sample in samples],
+        samples,
         torch.stack(images) if images else torch.empty(0, 3, size, size, dtype=torch.uint8),
         torch.tensor([sample.label + 1 for sample in samples], dtype=torch.int64),
         seconds,
@@ -256,12 +256,12 @@ def report(
     """
     classified: dict[str, Classified] = {}
     for part, split in splits.items():
-        if not split.ids:
+        if not split.samples:
             continue
         started = time.monotonic()
         probabilities = classifier.predict(model, split.images).softmax(1).numpy()
         seconds = split.seconds + time.monotonic() - started
-        classified[part] = Classified(split.ids, split.labels.numpy(), probabilities, seconds)
+        classified[part] = Classified(split.samples, split.labels.numpy(), probabilities, seconds)
     start = "ImageNet" if config.pretrained else "scratch"
     name = f"{model.name} ({start})"
     log.metrics(loggers.flat(classification.write(config.out, name, model.classes, classified)))

@@ -28,6 +28,8 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -56,7 +58,7 @@ EPOCHS = 100  # of the map to sources; the one with the lowest validation loss c
 
 @dataclass(frozen=True)
 class Split:
-    ids: list[int]
+    samples: list[Sample]
     features: torch.Tensor  # (n, 1280)
     labels: torch.Tensor  # (n,) int64: 0 is good, then the dataset's classes
     seconds: float  # that features took, with reading the images
@@ -75,8 +77,20 @@ def run(config: FinetuneHeadConfig) -> None:
     encoder: nn.Module = heads.Encoder(config.image_size).to(device)
     if config.cache is not None:
         encoder = CachedEncoder(encoder, config.cache, config.cache_gb)
-    record.claim(config.out, config.force)
-    record.write_config(config.out, COMMAND, config)
+    with record.result(COMMAND, config) as out:
+        about = _train(encoder, samples, (GOOD, *dataset.classes), config, out)
+        record.write_record(out, COMMAND, config, **about)
+
+
+def _train(
+    encoder: nn.Module,
+    samples: Mapping[str, list[Sample]],
+    classes: tuple[str, ...],
+    config: FinetuneHeadConfig,
+    out: Path,
+) -> dict[str, Any]:
+    """Write all files; returns what the record is to have beside them."""
+    device = torch_device(config.device)
     with Progress() as progress:
         bar = progress.add_task("features", total=sum(map(len, samples.values())))
         advance = partial(progress.advance, bar)
@@ -85,22 +99,20 @@ def run(config: FinetuneHeadConfig) -> None:
             for name, split in samples.items()
         }
         bar = progress.add_task(config.method, total=1)
-        classes = (GOOD, *dataset.classes)
 
         def show(done: float) -> None:
             progress.update(bar, completed=done)
 
         head, rows = fit(splits["train"], splits["val"], classes, config, show)
-    heads.save(head, config.out / "head.safetensors")
-    training.write_results(config.out / "results.csv", rows)
-    head = heads.load(config.out / "head.safetensors")
+    heads.save(head, out / "head.safetensors")
+    training.write_results(out / "results.csv", rows)
+    head = heads.load(out / "head.safetensors")
     classified = {name: _classify(head, split) for name, split in splits.items()}
-    accuracies = classification.write(config.out, _name(config), head.classes, classified)
+    accuracies = classification.write(out, _name(config), head.classes, classified)
     with loggers.opened(config) as log:
         log.metrics(loggers.flat(accuracies))
     seconds = classification.seconds_per_image(classified)
-    about = {"chosen": _best(rows), "seconds_per_image": round(seconds, 6)}
-    record.write_record(config.out, COMMAND, config, **about)
+    return {"chosen": _best(rows), "seconds_per_image": round(seconds, 6)}
 
 
 def _check(samples: Mapping[str, list[Sample]], config: FinetuneHeadConfig) -> None:
@@ -134,8 +146,7 @@ def _features(
         features[i] = encoder(resized(sample.image(), size)[None].to(device))[0].cpu()
         advance()
     labels = torch.tensor([sample.label + 1 for sample in samples], dtype=torch.int64)
-    ids = [sample.image_id for sample in samples]
-    return Split(ids, features, labels, time.monotonic() - started)
+    return Split(samples, features, labels, time.monotonic() - started)
 
 
 def fit(
@@ -152,7 +163,7 @@ def fit(
     weights = balance.equal_weights(validation.labels.numpy(), len(classes))
     weights[np.bincount(seen.labels, minlength=len(classes)) == 0] = 0  # what cannot be known
     equal = torch.from_numpy(weights).float()
-    most = len(seen.ids) - 1  # as many components as n images have
+    most = len(seen.samples) - 1  # as many components as n images have
     tried = [count for count in COMPONENTS if count <= most] or [most]
     best, rows = None, []
     for i, components in enumerate(tried):
@@ -219,7 +230,7 @@ def _classify(head: Head, split: Split) -> Classified:
     started = time.monotonic()
     probabilities = head(split.features).softmax(dim=1).numpy()
     seconds = split.seconds + time.monotonic() - started
-    return Classified(split.ids, split.labels.numpy(), probabilities, seconds)
+    return Classified(split.samples, split.labels.numpy(), probabilities, seconds)
 
 
 def _name(config: FinetuneHeadConfig) -> str:

@@ -86,7 +86,7 @@ def run(config: FinetuneSamConfig) -> None:
     if config.train == "lora":
         lora.add_lora(loaded.model)
     if not config.resume:
-        record.claim(config.out, config.force)
+        record.claim(COMMAND, config)
         record.write_config(config.out, COMMAND, config)
         (config.out / BEST).unlink(missing_ok=True)  # of an earlier run
     loaded.model.to(device)

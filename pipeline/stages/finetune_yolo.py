@@ -57,7 +57,7 @@ def run(config: FinetuneYoloConfig) -> None:
             embeddings = _prompts_to_keep(model, classes, embeddings)
             kind += ", kept as they are"
         model = yolo_world.set_prompts(model, classes, embeddings, config.seed)
-        record.claim(config.out, config.force)
+        record.claim(COMMAND, config)
         record.write_config(config.out, COMMAND, config)
         for name in (DETECTOR, open_vocabulary.REPORT):
             (config.out / name).unlink(missing_ok=True)  # of an earlier run

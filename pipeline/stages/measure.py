@@ -80,7 +80,7 @@ def run(config: MeasureConfig) -> None:
 def _check_out(config: MeasureConfig) -> None:
     if config.out.suffix.lower() != ".csv":
         raise UserError(f"--out: expected a file ending in .csv, found {config.out}")
-    record.claim_file(config.out, config.force)
+    record.check_out("measure", config)
 
 
 # Measuring

@@ -64,8 +64,8 @@ def run(config: OverlayConfig) -> None:
 
 def _heat_maps(config: OverlayConfig) -> HeatMaps:
     assert config.heat_maps is not None
-    folds = Dataset(config.source).fold_count() if config.fold == "all" else None
-    return HeatMaps(config.heat_maps, folds)
+    folds = Dataset(config.source).fold_count() if config.fold == "all" else 0
+    return HeatMaps(config.heat_maps, config.fold, folds)
 
 
 # ---- Drawing and encoding -----------------------------------------------------------------------
@@ -199,10 +199,7 @@ def _check_out(config: OverlayConfig) -> None:
             "--out: expected a file ending in .mp4, .webm or .gif, or a folder without a dot in "
             f"its name, found {config.out}"
         )
-    if suffix:
-        record.claim_file(config.out, config.force)
-    else:
-        record.check_folder(config.out, config.force)
+    record.check_out("overlay", config)
 
 
 def _remove(out: Path) -> None:

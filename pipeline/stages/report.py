@@ -11,7 +11,6 @@ evaluation; what its threshold slider says is computed in the page, from scores 
 from __future__ import annotations
 
 import base64
-import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -27,7 +26,7 @@ from pipeline import record
 from pipeline.config import ReportConfig, RunConfig, flag_of
 from pipeline.data import heatmaps, metrics, plots, provenance, report, report_page, writers
 from pipeline.data.dataset import GOOD, Dataset, Sample
-from pipeline.data.files import atomic_folder, read_json, sha256, write_text
+from pipeline.data.files import read_json, sha256, write_text
 from pipeline.data.masks import iou
 from pipeline.data.matching import match, verdict
 from pipeline.data.predictions import (
@@ -42,6 +41,7 @@ from pipeline.data.video import probe
 from pipeline.errors import UserError
 from pipeline.plan import VIDEOS, plan
 
+COMMAND = "report"
 JPEG_QUALITY = 85
 HEAT_SIDE = 256  # longest side of a heat map in pixels: it is smooth
 IMAGES = "images"  # folder of the pictures
@@ -85,34 +85,29 @@ def run(config: ReportConfig) -> None:
     dataset = Dataset(inputs.data)
     shown, predictions = _read(dataset, inputs.predictions, figures)
     heat_maps = _heat_maps(config.heat_maps, figures, [item.sample for item in shown])
-    record.claim(config.out, config.force)
-    record.write_config(config.out, "report", config)
-
-    pictures = _write_pictures(config, [item.sample for item in shown], heat_maps)
-    page = report_page.Page(
-        title=config.title or report.run_name(config.out.resolve().parent, figures["fold"]),
-        dataset=inputs.data.resolve().name,
-        classes=dataset.classes,
-        figures=figures,
-        identity=sha256(inputs.predictions / PREDICTIONS),
-        images=_entries(
-            shown,
-            predictions,
-            pictures,
-            _moments(inputs.video),
-            _anomalies(config, inputs, predictions, heat_maps, figures),
-        ),
-        plots=_plots(dataset.classes, figures, [s for s in shown if s.measured], predictions),
-        video=_write_video(config, inputs.video),
-        counts=_counts(dataset, figures["fold"]),
-        made=provenance.trace(inputs.evaluation, inputs.predictions, inputs.data),
-    )
-    write_text(config.out / "index.html", report_page.render(page))
-    if config.single_file:  # of an earlier run
-        shutil.rmtree(config.out / IMAGES, ignore_errors=True)
-    if page.video != VIDEO:
-        (config.out / VIDEO).unlink(missing_ok=True)
-    record.write_record(config.out, "report", config)
+    with record.result(COMMAND, config) as out:
+        samples = [item.sample for item in shown]
+        pictures = _write_pictures(out, config, samples, heat_maps)
+        page = report_page.Page(
+            title=config.title or report.run_name(config.out.resolve().parent, figures["fold"]),
+            dataset=inputs.data.resolve().name,
+            classes=dataset.classes,
+            figures=figures,
+            identity=sha256(inputs.predictions / PREDICTIONS),
+            images=_entries(
+                shown,
+                predictions,
+                pictures,
+                _moments(inputs.video),
+                _anomalies(config, inputs, predictions, heat_maps, figures),
+            ),
+            plots=_plots(dataset.classes, figures, [s for s in shown if s.measured], predictions),
+            video=_write_video(out, inputs.video, single_file=config.single_file),
+            counts=_counts(dataset, figures["fold"]),
+            made=provenance.trace(inputs.evaluation, inputs.predictions, inputs.data),
+        )
+        write_text(out / "index.html", report_page.render(page))
+        record.write_record(out, COMMAND, config)
     size = sum(path.stat().st_size for path in config.out.rglob("*") if path.is_file())
     print(f"report: {config.out / 'index.html'} ({len(shown)} images, {size / 1e6:.1f} MB)")
 
@@ -169,7 +164,7 @@ def _figures(inputs: Inputs) -> dict[str, Any]:
     expected = {"split", "fold", "threshold", "folds", "review", "image_decision", "missed"}
     if not isinstance(found, dict) or not expected <= found.keys():
         raise UserError(f"{path}: expected the figures of `pipeline evaluate`, found other JSON")
-    made_of = read_json(inputs.evaluation / "run.json")["inputs"]
+    made_of = record.read(inputs.evaluation).inputs
     for name in ("data", "predictions"):
         folder = getattr(inputs, name)
         if not folder.is_dir():
@@ -218,8 +213,8 @@ def _heat_maps(
     """The heat maps that there are, by image id. Raises `UserError` if they are of other images."""
     if folder is None:
         return {}
-    folds = len(figures["folds"]) if figures["fold"] == "all" else None
-    found = heatmaps.read_by_id(folder, folds)
+    folds = len(figures["folds"]) if figures["fold"] == "all" else 0
+    found = heatmaps.read_by_id(folder, figures["fold"], folds)
     for sample in samples:
         if (its := found.get(sample.image_id)) is not None:
             its.check("--heat-maps", sample.path.name, sample.width, sample.height)
@@ -299,7 +294,7 @@ def _anomalies(
     figures: Mapping[str, Any],
 ) -> Mapping[int, Anomaly]:
     """What is known by image id: of the predictions, or of the run that was evaluated with them."""
-    evaluated = read_json(inputs.evaluation / "run.json")["inputs"].get("anomaly")
+    evaluated = record.read(inputs.evaluation).inputs.get("anomaly")
     if predictions.anomaly or config.heat_maps is None or evaluated is None:
         return predictions.anomaly
     if record.fingerprint(config.heat_maps) != evaluated:
@@ -402,7 +397,10 @@ def _found_ious(
 
 
 def _write_pictures(
-    config: ReportConfig, samples: Sequence[Sample], heat_maps: Mapping[int, heatmaps.Scored]
+    out: Path,
+    config: ReportConfig,
+    samples: Sequence[Sample],
+    heat_maps: Mapping[int, heatmaps.Scored],
 ) -> list[Picture]:
     """Write the pictures, or put them into their addresses."""
     limits = heatmaps.scale([heat_maps[s.image_id] for s in samples if s.image_id in heat_maps])
@@ -417,13 +415,13 @@ def _write_pictures(
 
     if config.single_file:
         return [both(sample, lambda _, jpeg: _data_url("image/jpeg", jpeg)) for sample in samples]
-    with atomic_folder(config.out / IMAGES) as folder:
+    (out / IMAGES).mkdir()
 
-        def write(name: str, jpeg: bytes) -> str:
-            (folder / name).write_bytes(jpeg)
-            return f"{IMAGES}/{name}"
+    def write(name: str, jpeg: bytes) -> str:
+        (out / IMAGES / name).write_bytes(jpeg)
+        return f"{IMAGES}/{name}"
 
-        return [both(sample, write) for sample in samples]
+    return [both(sample, write) for sample in samples]
 
 
 def _jpeg(image: np.ndarray, side: int) -> bytes:
@@ -436,14 +434,14 @@ def _jpeg(image: np.ndarray, side: int) -> bytes:
     return bytes(np.asarray(encoded).tobytes())
 
 
-def _write_video(config: ReportConfig, video: Path | None) -> str | None:
+def _write_video(out: Path, video: Path | None, *, single_file: bool) -> str | None:
     """Where the page finds the video, as for pictures; None if there is none."""
     if video is None:
         return None
-    if not config.single_file:
-        writers.recompress(video, config.out / VIDEO)
+    if not single_file:
+        writers.recompress(video, out / VIDEO)
         return VIDEO
-    with tempfile.TemporaryDirectory(dir=config.out, prefix=".") as folder:
+    with tempfile.TemporaryDirectory(dir=out, prefix=".") as folder:
         writers.recompress(video, Path(folder) / VIDEO)
         return _data_url("video/mp4", (Path(folder) / VIDEO).read_bytes())
 

@@ -26,7 +26,7 @@ console = Console()
 def run(config: RunConfig) -> None:
     stages = plan(config)
     started = time.monotonic()
-    record.claim(config.out, force=False)
+    record.claim("run", config)
     record.write_config(config.out, "run", config)
     folders: dict[str, Path] = {}
     for number, (command, stage) in enumerate(stages, start=1):

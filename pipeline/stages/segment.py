@@ -7,7 +7,6 @@ Output folder: predictions.json and images.json (see `pipeline.data.predictions`
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,44 +49,41 @@ def run(config: SegmentConfig) -> None:
     )
     scorer = None if config.anomaly is None else _scorer(config.anomaly, config, dataset)
     pictures, count = _pictures(config, dataset)
-    record.claim(config.out, config.force)
-    record.write_config(config.out, COMMAND, config)
-    shutil.rmtree(config.out / "masks", ignore_errors=True)  # of an earlier run
-    shutil.rmtree(config.out / heatmaps.FOLDER, ignore_errors=True)
-    for name in (quality.REVIEW, heatmaps.SCORES):
-        (config.out / name).unlink(missing_ok=True)
-    results: list[dict[str, Any]] = []
-    images: list[dict[str, Any]] = []
-    scored: list[dict[str, Any]] = []
-    with Progress() as progress:
-        bar = progress.add_task("segmenting", total=count)
-        for frame in pictures:
-            found = segmenter.segment(frame.image, find_boxes(frame), config.prompt)
-            found = _tidy(_rescored(found, config), config)
-            results += predictions.coco_results(frame.image_id, found)
-            height, width = frame.image.shape[:2]
-            image: dict[str, Any] = {
-                "id": frame.image_id, "file_name": frame.name, "width": width, "height": height,
-            }  # fmt: skip
-            if scorer is not None:
-                entry = scorer.score(frame, config.out)
-                scored.append({**image, **entry})
-                image["anomaly"] = {"score": entry["score"], "threshold": scorer.threshold}
-            images.append(image)
-            if config.masks:
-                # Only .png goes: the masks of a.jpg and a.png must not overwrite one another.
-                name = f"{frame.name.removesuffix('.png')}.png"
-                _write_mask(config.out / "masks" / name, found, (height, width))
-            progress.advance(bar)
-    if scorer is not None:
-        heatmaps.write_scores(config.out, scored)
-    predictions.write_predictions(config.out, results, images, classes)
-    if config.review_below is not None:
-        listed = quality.review_list(results, config.review_below)
+    with record.result(COMMAND, config) as out:
+        results: list[dict[str, Any]] = []
+        images: list[dict[str, Any]] = []
+        scored: list[dict[str, Any]] = []
+        with Progress() as progress:
+            bar = progress.add_task("segmenting", total=count)
+            for frame in pictures:
+                found = segmenter.segment(frame.image, find_boxes(frame), config.prompt)
+                found = _tidy(_rescored(found, config), config)
+                results += predictions.coco_results(frame.image_id, found)
+                height, width = frame.image.shape[:2]
+                image: dict[str, Any] = {
+                    "id": frame.image_id, "file_name": frame.name, "width": width, "height": height,
+                }  # fmt: skip
+                if scorer is not None:
+                    entry = scorer.score(frame, out)
+                    scored.append({**image, **entry})
+                    image["anomaly"] = {"score": entry["score"], "threshold": scorer.threshold}
+                images.append(image)
+                if config.masks:
+                    # Only .png goes: the masks of a.jpg and a.png must not overwrite one another.
+                    name = f"{frame.name.removesuffix('.png')}.png"
+                    _write_mask(out / "masks" / name, found, (height, width))
+                progress.advance(bar)
+        if scorer is not None:
+            heatmaps.write_scores(out, scored)
+        predictions.write_predictions(out, results, images, classes)
+        listed = None
+        if config.review_below is not None:
+            listed = quality.review_list(results, config.review_below)
+            write_text(out / quality.REVIEW, quality.review_csv(listed, images, classes))
+        record.write_record(out, COMMAND, config)
+    if listed is not None:
         path = config.out / quality.REVIEW
-        write_text(path, quality.review_csv(listed, images, classes))
         print(f"{len(listed)} masks under a quality of {config.review_below:g}: {path}")
-    record.write_record(config.out, COMMAND, config)
     print(f"{len(results)} instances in {len(images)} images: {config.out}")
 
 
@@ -131,12 +127,7 @@ def _scorer(folder: Path, config: SegmentConfig, dataset: Dataset | None) -> Sco
         threshold = heatmaps.read_threshold(folder)
     truth = {}
     if dataset is not None:
-        made = heatmaps.read_metrics(folder)
-        if (made["protocol"], made["fold"]) != ("dataset", config.fold):
-            raise UserError(
-                f"--anomaly: expected a run of {_source_of('dataset', config.fold)}, "
-                f"found one of {_source_of(made['protocol'], made['fold'])}: {folder}"
-            )
+        heatmaps.check_dataset(folder, config.fold)
         names = (GOOD, *dataset.classes)
         truth = {
             sample.image_id: {"split": split, "class": names[sample.label + 1]}
@@ -144,12 +135,6 @@ def _scorer(folder: Path, config: SegmentConfig, dataset: Dataset | None) -> Sco
             for sample in dataset.split(split, config.fold)
         }
     return Scorer(anomaly.load(folder, torch_device(config.device)), threshold, truth)
-
-
-def _source_of(protocol: str, fold: int | None) -> str:
-    if protocol != "dataset":
-        return "an MVTec category, which may have learned images of the dataset's splits"
-    return "the dataset's single split" if fold is None else f"the dataset's fold {fold}"
 
 
 def _box_source(

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.config import EvaluateConfig, of_fold
-from pipeline.data import heatmaps, joint_decision
+from pipeline.data import heatmaps, joint_decision, stored
 from pipeline.data.dataset import Dataset, Sample, learned_classes
 from pipeline.data.decision import OWN_MODELS, read_probabilities
 from pipeline.data.evaluation import thresholds
@@ -52,6 +52,9 @@ def read_part(
 
     classes = dataset.classes
     val = dataset.split_if_any("val", fold)
+    for path in (config.predictions, config.truth_boxes, *config.classifiers):
+        if path is not None:
+            stored.check_fold(folder(path), fold)
     predictions = read_predictions(folder(config.predictions), classes, samples, val)
     oracle, true_boxes = None, []
     if config.truth_boxes is not None:
@@ -63,7 +66,7 @@ def read_part(
     threshold = thresholds.choose(config.threshold, config.cost, val, predictions)
     review = thresholds.choose_review(config.review_below, val, predictions, threshold["value"])
     anomalies = None if config.anomaly is None else folder(config.anomaly)
-    known = _read_anomaly(config, anomalies, predictions, samples)
+    known = _read_anomaly(config, anomalies, fold, predictions, samples)
     joint = None if known is None else joint_decision.judge(samples, val, predictions, known)
     return Part(
         fold=fold,
@@ -125,6 +128,7 @@ def _unseen(dataset: Dataset, fold: int | None) -> list[str]:
 def _read_anomaly(
     config: EvaluateConfig,
     folder: Path | None,
+    fold: int | None,
     predictions: Predictions,
     samples: Sequence[Sample],
 ) -> dict[int, Anomaly] | None:
@@ -138,7 +142,8 @@ def _read_anomaly(
         if given is not None:
             found = {key: Anomaly(its.score, given) for key, its in found.items()}
     else:
-        where, scored = folder / heatmaps.SCORES, heatmaps.read_by_id(folder)
+        heatmaps.check_dataset(folder, fold)
+        where, scored = folder / heatmaps.SCORES, heatmaps.read_by_id(folder, fold)
         threshold = heatmaps.read_threshold(folder) if given is None else given
         for sample in samples:
             if (its := scored.get(sample.image_id)) is not None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import supervision as sv
@@ -32,9 +33,9 @@ class HeatMaps:
     `folds` is the number of folds of a video of all of them, whose `path` has `{fold}` in it.
     """
 
-    def __init__(self, path: Path, folds: int | None) -> None:
+    def __init__(self, path: Path, fold: int | Literal["all"] | None, folds: int) -> None:
         self._path = path
-        self._found = heatmaps.read_by_id(path, folds)
+        self._found = heatmaps.read_by_id(path, fold, folds)
         self._limits = heatmaps.scale(list(self._found.values()))
 
     def of(self, shot: Shot) -> heatmaps.Scored:

@@ -17,7 +17,7 @@ import numpy as np
 import supervision as sv
 
 from pipeline.config import OverlayConfig
-from pipeline.data import masks
+from pipeline.data import masks, stored
 from pipeline.data.coco import read_coco
 from pipeline.data.dataset import GOOD, Dataset, Sample
 from pipeline.data.files import list_images, read_image
@@ -83,6 +83,8 @@ def annotated_reel(config: OverlayConfig, predictions: Predictions | None) -> Re
     else:
         dataset = Dataset(config.source)
         classes, samples = dataset.classes, dataset.split(config.split, config.fold)
+        if predictions and config.fold != "all":
+            stored.check_fold(predictions.path, config.fold)
     if predictions and predictions.classes is None:
         predictions.check_ids(len(classes))
     elif predictions and predictions.classes != classes:

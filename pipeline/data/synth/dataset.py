@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import sys
-import tempfile
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -61,37 +59,27 @@ def render_dataset(
     seed: int,
     on_image: Callable[[], None] = _nothing,
 ) -> None:
-    """Writes a dataset of one of PRODUCTS in MVTec layout to ``out``, which must not exist yet.
+    """Writes a dataset of one of PRODUCTS in MVTec layout to ``out``.
 
     Each image depends on the seed, its folder and its number alone, so a larger set begins with
-    the images of a smaller one. ``on_image`` is called once for every image written. The folder
-    appears under its name only when it is complete.
+    the images of a smaller one. ``on_image`` is called once for every image written. Raises
+    ``FileExistsError`` where there is a dataset already.
     """
     out = Path(out)
-    if out.exists():
-        raise FileExistsError(out)
     defects = PRODUCTS[product].defects
     counts = {"train/good": train_good, "test/good": test_good}
     counts |= {f"test/{defect}": per_defect for defect in defects}
-    out.parent.mkdir(parents=True, exist_ok=True)
-    root = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    try:
-        for folder in counts:
-            (root / folder).mkdir(parents=True)
-        for defect in defects:
-            (root / "ground_truth" / defect).mkdir(parents=True)
-        jobs = [(root, product, f, i, size, seed) for f, n in counts.items() for i in range(n)]
-        if len(jobs) < POOL_FROM:
-            for job in jobs:
-                _write(*job)
-                on_image()
-        else:
-            _write_in_processes(jobs, on_image)
-        root.chmod(0o755)  # mkdtemp makes it private
-        root.rename(out)
-    except BaseException:
-        shutil.rmtree(root, ignore_errors=True)
-        raise
+    for folder in counts:
+        (out / folder).mkdir(parents=True)
+    for defect in defects:
+        (out / "ground_truth" / defect).mkdir(parents=True)
+    jobs = [(out, product, f, i, size, seed) for f, n in counts.items() for i in range(n)]
+    if len(jobs) < POOL_FROM:
+        for job in jobs:
+            _write(*job)
+            on_image()
+    else:
+        _write_in_processes(jobs, on_image)
 
 
 def _write_in_processes(jobs: list[_Job], on_image: Callable[[], None]) -> None:
