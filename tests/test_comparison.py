@@ -486,8 +486,17 @@ def places(value: Any) -> Iterator[tuple[Any, Any]]:
 MAKE: dict[str, Callable[[Path], Path]] = {
     "--anomaly": lambda run: anomaly(run, dict.fromkeys(range(2, 8), 0.5)),
     "--classifiers": lambda run: classifier(run, dict.fromkeys(range(2, 8), (0.25, 0.5, 0.25))),
-    "--predictions": lambda run: detector(run, FOUND),
+    "--predictions": lambda run: with_anomaly(detector(run, FOUND)),
 }
+
+
+def with_anomaly(run: Path) -> Path:
+    """What `segment --anomaly` adds to the images."""
+    coco = read_json(run / "images.json")
+    for image in coco["images"]:
+        image["anomaly"] = {"score": 0.5, "threshold": 0.25}
+    write_json(run / "images.json", coco)
+    return run
 
 
 @pytest.mark.parametrize("compared", [True, False])

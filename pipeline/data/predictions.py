@@ -316,7 +316,7 @@ def read_predictions(
     results = read_results(folder / PREDICTIONS)
     wanted = list(by_id.values())
     problems += _check_entries(folder / PREDICTIONS, results, len(classes), wanted)
-    anomalies = {image["id"]: image["anomaly"] for image in images if "anomaly" in image}
+    anomalies = {image["id"]: image["anomaly"] for image in images if image.get("anomaly")}
     if problems:
         raise UserError(*problems)
     return Predictions(
