@@ -290,10 +290,11 @@ def _check_file(out: Path, force: bool) -> None:
 def _check_folder(out: Path, command: str, force: bool) -> None:
     if out.exists() and not out.is_dir():
         raise UserError(f"--out: expected a folder, found the file {out}")
+    found = _command_of(out)
     # A hidden file may be what a killed process has left of ours.
-    if not (out / "config.yaml").exists() and any(out.glob("[!.]*")):
+    if found is None and any(out.glob("[!.]*")):
         raise UserError(f"--out: expected a new folder or one of ours, found other files in {out}")
-    if (found := _command_of(out)) not in (None, command):
+    if found not in (None, command):
         raise UserError(f"--out: expected a new folder or one of {command}, found {found}'s {out}")
     if (out / "run.json").exists() and not force:
         raise UserError(f"--out: {out} holds a finished result; give --force to replace it")

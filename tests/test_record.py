@@ -238,6 +238,21 @@ def test_other_peoples_files_are_never_claimed(data: Path, tmp_path: Path, force
     assert path.exists()
 
 
+@pytest.mark.parametrize("text", ["", "lr: 0.1\n", "# settings of mine\nlr: 0.1\n"])
+def test_a_config_of_somebody_else_does_not_make_a_folder_ours(data: Path, text: str) -> None:
+    config = yolo(data, force=True)
+    config.out.mkdir()
+    (config.out / "config.yaml").write_text(text)
+    with (
+        pytest.raises(UserError, match="found other files in"),
+        record.result("finetune-yolo", config),
+    ):
+        pass
+    with pytest.raises(UserError, match="found other files in"):
+        record.claim("finetune-yolo", config)
+    assert (config.out / "config.yaml").read_text() == text
+
+
 def test_a_result_of_another_command_is_never_replaced(data: Path) -> None:
     config = yolo(data, force=True)
     record.claim("finetune-yolo", config)
