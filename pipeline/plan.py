@@ -26,11 +26,12 @@ def plan(config: RunConfig) -> list[tuple[str, StageConfig]]:
     problems: list[str] = []
     for section, values in _stages(config):
         name = section.split(".")[0]
+        command = "finetune-yolo" if name == "second_detector" else name.replace("_", "-")
         if issubclass(SECTIONS[name], LoggedConfig):
             values = {"tensorboard": config.tensorboard, "mlflow": config.mlflow, **values}
         try:
             stage = configs.build(SECTIONS[name], values, section=f"{section}.")
-            planned.append((name.replace("_", "-"), stage))
+            planned.append((command, stage))
         except UserError as error:
             problems += error.problems
     if problems:
@@ -100,12 +101,16 @@ def _stages(config: RunConfig) -> Iterator[tuple[str, dict[str, Any]]]:
 def _models(config: RunConfig, data: Path, out: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """The stages that each fold has; `out` and the links may have `{fold}` in them."""
     detector = {"data": data, "out": out / "detector", **config.finetune_yolo}
+    detectors = {"finetune_yolo": detector}
+    if config.second_detector is not None:
+        second = {**detector, "out": out / "second_detector", **config.second_detector}
+        detectors["second_detector"] = second
     if config.init is not None:
         detector["model"] = config.init
-    yield "finetune_yolo", detector
+    yield from detectors.items()
     segment = {
         "source": data,
-        "boxes": str(Path(detector["out"]) / "detector.pt"),
+        "boxes": [str(Path(trained["out"]) / "detector.pt") for trained in detectors.values()],
         "out": out / "predictions",
         **config.segment,
     }
@@ -119,9 +124,11 @@ def _models(config: RunConfig, data: Path, out: Path) -> Iterator[tuple[str, dic
     if config.detect_anomaly is not None:
         anomaly = {"source": data, "out": out / "anomaly", **config.detect_anomaly}
         yield "detect_anomaly", anomaly
+        segment = {"anomaly": anomaly["out"], **segment}
     yield "segment", segment
     measured = config.evaluate.get("split", "test")
-    truth_boxes = {**segment, "boxes": "truth", "out": out / "truth_boxes", "splits": (measured,)}
+    truth = {"boxes": "truth", "anomaly": None, "splits": (measured,)}
+    truth_boxes = {**segment, **truth, "out": out / "truth_boxes"}
     yield "segment.truth_boxes", truth_boxes
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import supervision as sv
+import torch
 from rectangles import CLASSES, Defects, filled, write_dataset
 
 from pipeline.config import SegmentConfig, build
@@ -71,6 +72,18 @@ def entry(image_id: int, category: int, box: tuple[int, ...], score: float) -> E
     x1, y1, x2, y2 = box
     bbox = [x1, y1, x2 - x1, y2 - y1]
     return {"image_id": image_id, "category_id": category, "bbox": bbox, "score": score}
+
+
+def detector_file(folder: Path, *classes: str, seed: int = 0) -> Path:
+    """A YOLO-World-n with random weights for some classes."""
+    from pipeline.models import yolo_world
+
+    torch.manual_seed(seed)
+    model = yolo_world.load_model("yolov8n-worldv2.yaml")
+    yolo_world.set_prompts(model, classes, None)
+    path = folder / f"world{seed}.safetensors"
+    yolo_world.save_safetensors(yolo_world.plain(model), path, image_size=64)
+    return path
 
 
 def boxes_file(folder: Path, entries: list[Entry], classes: tuple[str, ...] = CLASSES) -> Path:

@@ -93,7 +93,9 @@ def test_five_folds_differ_from_the_single_split_in_nothing_else(
     assert next(same) == next(same)
     plan = run_stage.plan(five)
     detectors = [stage.model_dump() for name, stage in plan if name == "finetune-yolo"]
-    assert [(d["fold"], d["model"]) for d in detectors] == [(k, "yolov8n.pt") for k in range(5)]
+    found = [(d["fold"], d["model"], d["seed"]) for d in detectors]
+    starts = (("yolov8n.pt", 0), ("yolo-world-n", 1))
+    assert found == [(k, *start) for k in range(5) for start in starts]
 
 
 def test_the_study_has_its_five_rows(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,6 +22,7 @@ from segmented import (
     Entry,
     boxes_file,
     brief,
+    detector_file,
     entry,
     fill_boxes,
     run,
@@ -29,7 +30,6 @@ from segmented import (
 )
 
 from pipeline import cli
-from pipeline.config import SegmentConfig
 from pipeline.data import predictions
 from pipeline.data.files import decode, read_image, read_json
 from pipeline.data.writers import create
@@ -196,30 +196,12 @@ def test_truth_needs_a_dataset(tmp_path: Path) -> None:
 # ---- Boxes of a detector ---------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def detector(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
-    """Writes a YOLO-World-n with random weights for some classes."""
-    from pipeline.models import yolo_world
-
-    torch.manual_seed(0)
-    model = yolo_world.load_model("yolov8n-worldv2.yaml")
-
-    def write(*classes: str) -> str:
-        path = tmp_path_factory.mktemp("detector") / "world.safetensors"
-        yolo_world.set_prompts(model, classes, None)
-        yolo_world.save_safetensors(yolo_world.plain(model), path, image_size=64)
-        return str(path)
-
-    return write
-
-
 @pytest.mark.parametrize("rescore", [True, False])
 @pytest.mark.parametrize("classes", [("scratch", "stain"), ("stain", "scratch")])
 def test_boxes_of_a_detector(
     dataset: Path,
     tmp_path: Path,
     box_filler: list[str],
-    detector: Callable[..., str],
     classes: tuple[str, str],
     rescore: bool,
 ) -> None:
@@ -229,7 +211,7 @@ def test_boxes_of_a_detector(
     """
     from pipeline.models import yolo_world
 
-    path = detector(*classes)
+    path = str(detector_file(tmp_path, *classes))
     options: dict[str, Any] = {"min_score": 0, "max_boxes": 60, "splits": ("test",)}
     results = run(dataset, tmp_path / "out", path, fit_boxes=False, rescore=rescore, **options)
     alone = yolo_world.Detector(yolo_world.load_model(path), None, torch.device("cpu"))
@@ -247,26 +229,21 @@ def test_boxes_of_a_detector(
         np.testing.assert_allclose([x, y, x + w, y + h], box, atol=0.02)
 
 
-@pytest.mark.parametrize("boxes", ["detector.pt", "results.json", "truth"])
-def test_quality_changes_the_order_of_what_a_detector_finds(tmp_path: Path, boxes: str) -> None:
-    config = SegmentConfig(source=tmp_path, out=tmp_path / "out", boxes=boxes)
+def test_quality_changes_the_order_of_what_a_detector_finds() -> None:
     found = sv.Detections(
         xyxy=np.array([[0, 0, 9, 9], [5, 5, 20, 20], [1, 1, 3, 3]]),
         class_id=np.array([0, 1, 0]),
         confidence=np.array([0.8, 0.6, 0.1]),
         data={"quality": np.array([0.25, 0.9, 0.5])},
     )
-    after = segment._rescored(found, config)
-    detected = boxes == "detector.pt"
-    assert after.confidence == pytest.approx([0.54, 0.2, 0.05] if detected else [0.8, 0.6, 0.1])
-    assert after.xyxy[:, 0].tolist() == ([5, 0, 1] if detected else [0, 5, 1])
-    assert after.data["quality"].tolist() == ([0.9, 0.25, 0.5] if detected else [0.25, 0.9, 0.5])
+    after = segment._rescored(found, None)
+    assert after.confidence == pytest.approx([0.54, 0.2, 0.05])
+    assert after.xyxy[:, 0].tolist() == [5, 0, 1]
+    assert after.data["quality"].tolist() == [0.9, 0.25, 0.5]
 
 
-def test_a_detector_of_other_classes(
-    dataset: Path, tmp_path: Path, box_filler: list[str], detector: Callable[..., str]
-) -> None:
-    path = detector("scratch", "dent")
+def test_a_detector_of_other_classes(dataset: Path, tmp_path: Path, box_filler: list[str]) -> None:
+    path = detector_file(tmp_path, "scratch", "dent")
     with pytest.raises(UserError, match="expected a detector of scratch, stain, found one of"):
         run(dataset, tmp_path / "out", path)
     assert not (tmp_path / "out").exists()
@@ -288,15 +265,19 @@ def test_boxes_are_fitted_to_their_masks(
 # ---- Sources ---------------------------------------------------------------------------------
 
 
-def test_a_folder_of_images(
-    tmp_path: Path, box_filler: list[str], detector: Callable[..., str]
-) -> None:
+def test_a_folder_of_images(tmp_path: Path, box_filler: list[str]) -> None:
     """Of any size and kind, numbered by name; the classes are those of the detector."""
     folder = tmp_path / "images"
     folder.mkdir()
     for name, height, width in (("b.png", 40, 60), ("a.jpg", 50, 30), ("c.bmp", 31, 77)):
         cv2.imwrite(str(folder / name), draw([], height, width))
-    run(folder, tmp_path / "out", detector("one", "two", "three"), min_score=0, max_boxes=2)
+    run(
+        folder,
+        tmp_path / "out",
+        detector_file(tmp_path, "one", "two", "three"),
+        min_score=0,
+        max_boxes=2,
+    )
     images = read_json(tmp_path / "out" / "images.json")
     assert [(i["id"], i["file_name"], i["height"], i["width"]) for i in images["images"]] == [
         (1, "a.jpg", 50, 30),

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
 from pipeline.config.base import (
     ANOMALY_THRESHOLD,
@@ -18,6 +18,7 @@ from pipeline.config.base import (
     SplitName,
     StageConfig,
     Zoom,
+    listed,
 )
 
 
@@ -63,7 +64,11 @@ class SegmentConfig(StageConfig):
     fold: int | None = Field(
         None, ge=0, description="fold of the dataset instead of its single split"
     )
-    boxes: str = Field(description="detector checkpoint, COCO results file, or 'truth'")
+    boxes: Annotated[tuple[str, ...], BeforeValidator(listed)] = Field(
+        min_length=1,
+        description="detector checkpoints, whose boxes are joined; or one COCO results file, or "
+        "'truth'",
+    )
     prompt: Literal["boxes", "points", "boxes+points", "masks", "boxes+masks"] = Field(
         "boxes",
         description="what SAM is shown: each box, its points (by default its centre; 'points' of "
@@ -99,7 +104,7 @@ class SegmentConfig(StageConfig):
     rescore: bool = Field(
         True,
         description="multiply the scores of a detector by the quality of the masks: SAM, which "
-        "sees every box enlarged, has a say in what is a defect",
+        "sees every box enlarged, has a say in what is a defect; and so has --anomaly",
     )
     fit_boxes: bool = Field(
         True,
@@ -132,10 +137,24 @@ class SegmentConfig(StageConfig):
             )
         return self
 
+    @property
+    def detected(self) -> bool:
+        """Whether detectors find the boxes."""
+        return self.boxes != ("truth",) and not self.boxes[0].endswith(".json")
+
+    @field_validator("boxes")
+    @classmethod
+    def _check_boxes(cls, boxes: tuple[str, ...]) -> tuple[str, ...]:
+        alone = [name for name in boxes if name == "truth" or name.endswith(".json")]
+        if alone and len(boxes) > 1:
+            raise ValueError(f"expected nothing beside {alone[0]}, found {len(boxes)} sources")
+        return boxes
+
     @field_validator("prompt")
     @classmethod
     def _check_prompt(cls, prompt: str, info: ValidationInfo) -> str:
-        if "masks" in prompt and not info.data.get("boxes", ".json").endswith(".json"):
+        boxes = info.data.get("boxes", (".json",))
+        if "masks" in prompt and not boxes[0].endswith(".json"):
             raise ValueError(f"expected boxes of a COCO results file for masks, found {prompt!r}")
         return prompt
 

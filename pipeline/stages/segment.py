@@ -22,6 +22,7 @@ from pipeline.config import SegmentConfig
 from pipeline.data import heatmaps, masks, predictions, quality
 from pipeline.data.dataset import GOOD, Dataset, Sample
 from pipeline.data.files import atomic_path, write_text
+from pipeline.data.suspicion import probability, rescored
 from pipeline.data.video import Frame, count_frames, frames
 from pipeline.errors import UserError
 from pipeline.models.classifier import resized
@@ -57,17 +58,21 @@ def run(config: SegmentConfig) -> None:
             bar = progress.add_task("segmenting", total=count)
             for frame in pictures:
                 found = segmenter.segment(frame.image, find_boxes(frame), config.prompt)
-                found = _tidy(_rescored(found, config), config)
-                results += predictions.coco_results(frame.image_id, found)
                 height, width = frame.image.shape[:2]
                 image: dict[str, Any] = {
                     "id": frame.image_id, "file_name": frame.name, "width": width, "height": height,
                 }  # fmt: skip
+                suspicion = None
                 if scorer is not None:
                     entry = scorer.score(frame, out)
+                    suspicion = scorer.probability(entry)
                     scored.append({**image, **entry})
                     image["anomaly"] = {"score": entry["score"], "threshold": scorer.threshold}
                 images.append(image)
+                if config.rescore and config.detected:
+                    found = _rescored(found, suspicion)
+                found = _tidy(found, config)
+                results += predictions.coco_results(frame.image_id, found)
                 if config.masks:
                     # Only .png goes: the masks of a.jpg and a.png must not overwrite one another.
                     name = f"{frame.name.removesuffix('.png')}.png"
@@ -105,6 +110,7 @@ class Scorer:
 
     method: Method
     threshold: float
+    spread: float  # of the scores of good images
     truth: Mapping[int, Mapping[str, str]]  # split and class by image id, as far as they are known
 
     def score(self, frame: Frame, out: Path) -> dict[str, Any]:
@@ -116,6 +122,10 @@ class Scorer:
             "score": float(scores[0]),
             "heat_map": heatmaps.write_heat_map(out, frame.name, heat_maps[0].numpy()),
         }
+
+    def probability(self, entry: Mapping[str, Any]) -> float:
+        """How probably the image of this entry of scores.json is anomalous."""
+        return probability(entry["score"], self.threshold, self.spread)
 
 
 def _scorer(folder: Path, config: SegmentConfig, dataset: Dataset | None) -> Scorer:
@@ -134,14 +144,15 @@ def _scorer(folder: Path, config: SegmentConfig, dataset: Dataset | None) -> Sco
             for split in config.splits
             for sample in dataset.split(split, config.fold)
         }
-    return Scorer(anomaly.load(folder, torch_device(config.device)), threshold, truth)
+    method = anomaly.load(folder, torch_device(config.device))
+    return Scorer(method, threshold, heatmaps.read_spread(folder), truth)
 
 
 def _box_source(
     config: SegmentConfig, dataset: Dataset | None
 ) -> tuple[FindBoxes, tuple[str, ...]]:
     """Where boxes come from: a function of the frame, and the classes its boxes refer to."""
-    if config.boxes == "truth":
+    if config.boxes == ("truth",):
         if dataset is None:
             raise UserError(f"--boxes truth: expected a dataset, found {config.source}")
         truth = {
@@ -149,9 +160,9 @@ def _box_source(
             for sample in _samples(config, dataset)
         }
         return _boxes_of(truth, config), dataset.classes
-    if config.boxes.endswith(".json"):
-        return _boxes_of_file(Path(config.boxes), dataset, config)
-    return _detected_boxes(config, dataset)
+    if config.detected:
+        return _detected_boxes(config, dataset)
+    return _boxes_of_file(Path(config.boxes[0]), dataset, config)
 
 
 def _boxes_of(entries: Mapping[int, Sequence[dict[str, Any]]], config: SegmentConfig) -> FindBoxes:
@@ -196,11 +207,13 @@ def _boxes_of_file(
 def _detected_boxes(
     config: SegmentConfig, dataset: Dataset | None
 ) -> tuple[FindBoxes, tuple[str, ...]]:
-    """Boxes of a detector; where there is a dataset, with that dataset's class indices."""
-    from pipeline.models import yolo_world
+    """Boxes of detectors; where there is a dataset, with that dataset's class indices."""
+    from pipeline.models import detector_ensemble
 
-    model = yolo_world.load_model(config.boxes, offline=config.offline)
-    detector = yolo_world.Detector(model, config.image_size, torch_device(config.device))
+    device = torch_device(config.device)
+    detector = detector_ensemble.load(
+        config.boxes, config.image_size, device, offline=config.offline
+    )
     classes = dataset.classes if dataset else detector.classes
     unknown = [name for name in detector.classes if name not in classes]
     if unknown:
@@ -218,15 +231,16 @@ def _detected_boxes(
     return find, classes
 
 
-def _rescored(found: sv.Detections, config: SegmentConfig) -> sv.Detections:
-    """What a detector has found, by falling product of its score and the mask's predicted IoU.
+def _rescored(found: sv.Detections, suspicion: float | None) -> sv.Detections:
+    """What detectors have found, by falling product of its score and the mask's predicted IoU.
 
-    As in Mask Scoring R-CNN (Huang et al., CVPR 2019, arXiv 1903.00241). Boxes of a file keep their
-    scores: they may have been through this before.
+    As in Mask Scoring R-CNN (Huang et al., CVPR 2019, arXiv 1903.00241). `suspicion` is how
+    probably the image is anomalous, if that is known: what it changes is told by
+    pipeline/data/suspicion.py. Boxes of a file keep their scores: they may have been through this.
     """
-    if not config.rescore or config.boxes == "truth" or config.boxes.endswith(".json"):
-        return found
     found.confidence = np.asarray(found.confidence) * found.data["quality"]
+    if suspicion is not None:
+        found.confidence = rescored(found.confidence, suspicion)
     order = np.argsort(-found.confidence, kind="stable")
     return cast(sv.Detections, found[order])  # its type also allows for keys of the data
 
@@ -241,7 +255,7 @@ def _tidy(found: sv.Detections, config: SegmentConfig) -> sv.Detections:
         found.mask = masks.resolve_overlaps(
             np.asarray(found.mask), np.asarray(found.class_id), np.asarray(found.confidence)
         )
-    if config.fit_boxes and config.boxes != "truth":
+    if config.fit_boxes and config.boxes != ("truth",):
         found.xyxy = masks.fitted_boxes(np.asarray(found.mask), found.xyxy)
     return found
 
