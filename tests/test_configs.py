@@ -79,8 +79,9 @@ def test_nothing_is_downloaded_offline(name: str, monkeypatch: pytest.MonkeyPatc
 def test_the_start_of_the_detector_can_be_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     path = ROOT / "configs" / "transistor-offline.yaml"
     settings = parse(path, monkeypatch, "--init", "yolov8n.pt")
-    detector = dict(run_stage.plan(settings))["finetune-yolo"]
-    assert detector.model_dump()["model"] == "yolov8n.pt"
+    stages = run_stage.plan(settings)
+    models = [stage.model_dump()["model"] for name, stage in stages if name == "finetune-yolo"]
+    assert models == ["yolov8n.pt", "yolo-world-n"]
 
 
 def test_five_folds_differ_from_the_single_split_in_nothing_else(
