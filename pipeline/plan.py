@@ -124,11 +124,9 @@ def _models(config: RunConfig, data: Path, out: Path) -> Iterator[tuple[str, dic
     if config.detect_anomaly is not None:
         anomaly = {"source": data, "out": out / "anomaly", **config.detect_anomaly}
         yield "detect_anomaly", anomaly
-        segment = {"anomaly": anomaly["out"], **segment}
     yield "segment", segment
     measured = config.evaluate.get("split", "test")
-    truth = {"boxes": "truth", "anomaly": None, "splits": (measured,)}
-    truth_boxes = {**segment, **truth, "out": out / "truth_boxes"}
+    truth_boxes = {**segment, "boxes": "truth", "out": out / "truth_boxes", "splits": (measured,)}
     yield "segment.truth_boxes", truth_boxes
 
 

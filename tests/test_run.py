@@ -205,8 +205,6 @@ def test_stages_are_linked_by_their_folders(tmp_path: Path) -> None:
         assert stages[name].sam == str(stages["segmenter"].out / "sam.safetensors")
     assert stages["detector"].model == "start.pt"
     assert stages["predictions"].boxes == (str(stages["detector"].out / "detector.pt"),)
-    assert stages["predictions"].anomaly == stages["anomaly"].out
-    assert stages["truth_boxes"].anomaly is None
     assert stages["predictions"].splits == ("val", "test")
     assert (stages["truth_boxes"].boxes, stages["truth_boxes"].splits) == (("truth",), ("test",))
     evaluation, review = stages["evaluation"], stages["review.mp4"]
@@ -275,7 +273,6 @@ def test_without_sections_there_is_no_such_training(tmp_path: Path) -> None:
     assert stages["predictions"].sam == stages["truth_boxes"].sam == "mobile-sam"
     assert stages["evaluation"].classifiers == ()
     assert stages["evaluation"].anomaly is stages["report"].heat_maps is None
-    assert stages["predictions"].anomaly is None
 
 
 def test_the_upper_bound_and_the_video_are_of_the_split_that_is_measured(tmp_path: Path) -> None:

@@ -236,7 +236,7 @@ def test_quality_changes_the_order_of_what_a_detector_finds() -> None:
         confidence=np.array([0.8, 0.6, 0.1]),
         data={"quality": np.array([0.25, 0.9, 0.5])},
     )
-    after = segment._rescored(found, None)
+    after = segment._rescored(found)
     assert after.confidence == pytest.approx([0.54, 0.2, 0.05])
     assert after.xyxy[:, 0].tolist() == [5, 0, 1]
     assert after.data["quality"].tolist() == [0.9, 0.25, 0.5]

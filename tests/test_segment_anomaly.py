@@ -12,7 +12,6 @@ from segmented import (
     TEST,
     VAL,
     boxes_file,
-    detector_file,
     entry,
     fill_boxes,
     run,
@@ -23,7 +22,6 @@ from pipeline import record
 from pipeline.config import DetectAnomalyConfig, EvaluateConfig, build
 from pipeline.data import heatmaps
 from pipeline.data.files import read_json, write_json
-from pipeline.data.suspicion import probability, rescored
 from pipeline.errors import UserError
 from pipeline.stages import detect_anomaly, evaluate
 
@@ -91,30 +89,6 @@ def test_an_anomaly_detector_looks_at_the_same_images(
     run(data, tmp_path / "out", results, force=True)
     assert not any("anomaly" in i for i in read_json(tmp_path / "out" / "images.json")["images"])
     assert not {"scores.json", "heatmaps"} & {path.name for path in (tmp_path / "out").iterdir()}
-
-
-def test_boxes_of_a_detector_are_as_good_as_both_say(
-    known: tuple[Path, Path], tmp_path: Path, box_filler: list[str]
-) -> None:
-    data, fitted = known
-    detector = detector_file(tmp_path, "scratch", "stain")
-    options: dict[str, Any] = {"min_score": 0, "max_boxes": 5, "fit_boxes": False}
-    alone = run(data, tmp_path / "alone", detector, **options)
-    both = run(data, tmp_path / "both", detector, anomaly=fitted, **options)
-    assert len(alone) == len(both) > 10
-    scored = {its.image_id: its for its in heatmaps.read_scores(fitted)}
-    good = [its.score for its in scored.values() if (its.split, its.cls) == ("val", "good")]
-    assert heatmaps.read_spread(fitted) == pytest.approx(np.std(good) if len(good) > 1 else 0)
-    threshold, spread = heatmaps.read_threshold(fitted), heatmaps.read_spread(fitted)
-    for image_id, its in scored.items():
-        before, after = (
-            np.array([e["score"] for e in entries if e["image_id"] == image_id])
-            for entries in (alone, both)
-        )
-        expected = rescored(before[:1], probability(its.score, threshold, spread))
-        assert after[:1] == pytest.approx(expected, abs=1e-3)
-    plain = run(data, tmp_path / "plain", detector, anomaly=fitted, rescore=False, **options)
-    assert max(e["score"] for e in plain) == pytest.approx(2 * max(e["score"] for e in alone))
 
 
 def test_anomaly_scores_of_a_folder_of_images(

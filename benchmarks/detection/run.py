@@ -48,7 +48,6 @@ ABLATION: dict[str, dict[str, Any]] = {
     "ablation/no_balancing": {"finetune_yolo.defective": 0.0, **ALONE},
     "ablation/no_augmentation": {"finetune_yolo.augment": False, **ALONE},
     "ablation/boxes_not_fitted": {"segment.fit_boxes": False},
-    "ablation/no_anomaly_scores": {"segment.anomaly": None},
     "ablation/scores_of_the_detector": {"segment.rescore": False},
 }
 FEW_SHOT: dict[str, dict[str, Any]] = {

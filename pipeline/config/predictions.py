@@ -104,7 +104,7 @@ class SegmentConfig(StageConfig):
     rescore: bool = Field(
         True,
         description="multiply the scores of a detector by the quality of the masks: SAM, which "
-        "sees every box enlarged, has a say in what is a defect; and so has --anomaly",
+        "sees every box enlarged, has a say in what is a defect",
     )
     fit_boxes: bool = Field(
         True,

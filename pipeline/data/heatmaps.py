@@ -23,7 +23,6 @@ from pydantic import Field, NonNegativeFloat
 
 from pipeline.config import SplitName, of_fold
 from pipeline.data import stored
-from pipeline.data.dataset import GOOD
 from pipeline.data.files import atomic_path, decode, write_json
 from pipeline.data.stored import Image, Images, Stored
 from pipeline.errors import UserError
@@ -185,16 +184,6 @@ def read_threshold(folder: Path) -> float:
             "val split with defects to choose it on; give one (--anomaly-threshold)"
         )
     return threshold
-
-
-def read_spread(folder: Path) -> float:
-    """The standard deviation of the scores of good images: those of val, if there are any.
-
-    Otherwise of all that are known to be good; 0 with fewer than two of them.
-    """
-    good = [its for its in read_scores(folder) if its.cls == GOOD]
-    scores = [its.score for its in good if its.split == "val"] or [its.score for its in good]
-    return float(np.std(scores)) if len(scores) > 1 else 0.0
 
 
 # ---- Pictures ---------------------------------------------------------------------------------

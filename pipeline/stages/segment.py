@@ -22,7 +22,6 @@ from pipeline.config import SegmentConfig
 from pipeline.data import heatmaps, masks, predictions, quality
 from pipeline.data.dataset import GOOD, Dataset, Sample
 from pipeline.data.files import atomic_path, write_text
-from pipeline.data.suspicion import probability, rescored
 from pipeline.data.video import Frame, count_frames, frames
 from pipeline.errors import UserError
 from pipeline.models.classifier import resized
@@ -58,21 +57,19 @@ def run(config: SegmentConfig) -> None:
             bar = progress.add_task("segmenting", total=count)
             for frame in pictures:
                 found = segmenter.segment(frame.image, find_boxes(frame), config.prompt)
+                if config.rescore and config.detected:
+                    found = _rescored(found)
+                found = _tidy(found, config)
+                results += predictions.coco_results(frame.image_id, found)
                 height, width = frame.image.shape[:2]
                 image: dict[str, Any] = {
                     "id": frame.image_id, "file_name": frame.name, "width": width, "height": height,
                 }  # fmt: skip
-                suspicion = None
                 if scorer is not None:
                     entry = scorer.score(frame, out)
-                    suspicion = scorer.probability(entry)
                     scored.append({**image, **entry})
                     image["anomaly"] = {"score": entry["score"], "threshold": scorer.threshold}
                 images.append(image)
-                if config.rescore and config.detected:
-                    found = _rescored(found, suspicion)
-                found = _tidy(found, config)
-                results += predictions.coco_results(frame.image_id, found)
                 if config.masks:
                     # Only .png goes: the masks of a.jpg and a.png must not overwrite one another.
                     name = f"{frame.name.removesuffix('.png')}.png"
@@ -110,7 +107,6 @@ class Scorer:
 
     method: Method
     threshold: float
-    spread: float  # of the scores of good images
     truth: Mapping[int, Mapping[str, str]]  # split and class by image id, as far as they are known
 
     def score(self, frame: Frame, out: Path) -> dict[str, Any]:
@@ -122,10 +118,6 @@ class Scorer:
             "score": float(scores[0]),
             "heat_map": heatmaps.write_heat_map(out, frame.name, heat_maps[0].numpy()),
         }
-
-    def probability(self, entry: Mapping[str, Any]) -> float:
-        """How probably the image of this entry of scores.json is anomalous."""
-        return probability(entry["score"], self.threshold, self.spread)
 
 
 def _scorer(folder: Path, config: SegmentConfig, dataset: Dataset | None) -> Scorer:
@@ -144,8 +136,7 @@ def _scorer(folder: Path, config: SegmentConfig, dataset: Dataset | None) -> Sco
             for split in config.splits
             for sample in dataset.split(split, config.fold)
         }
-    method = anomaly.load(folder, torch_device(config.device))
-    return Scorer(method, threshold, heatmaps.read_spread(folder), truth)
+    return Scorer(anomaly.load(folder, torch_device(config.device)), threshold, truth)
 
 
 def _box_source(
@@ -231,16 +222,13 @@ def _detected_boxes(
     return find, classes
 
 
-def _rescored(found: sv.Detections, suspicion: float | None) -> sv.Detections:
+def _rescored(found: sv.Detections) -> sv.Detections:
     """What detectors have found, by falling product of its score and the mask's predicted IoU.
 
-    As in Mask Scoring R-CNN (Huang et al., CVPR 2019, arXiv 1903.00241). `suspicion` is how
-    probably the image is anomalous, if that is known: what it changes is told by
-    pipeline/data/suspicion.py. Boxes of a file keep their scores: they may have been through this.
+    As in Mask Scoring R-CNN (Huang et al., CVPR 2019, arXiv 1903.00241). Boxes of a file keep their
+    scores: they may have been through this before.
     """
     found.confidence = np.asarray(found.confidence) * found.data["quality"]
-    if suspicion is not None:
-        found.confidence = rescored(found.confidence, suspicion)
     order = np.argsort(-found.confidence, kind="stable")
     return cast(sv.Detections, found[order])  # its type also allows for keys of the data
 
