@@ -240,6 +240,7 @@ def test_boxes_of_baselines_are_what_segment_shows_to_sam(
     cli.main([
         "segment", "--source", str(work / "dataset"), "--fold", "0", "--splits", "val",
         "--boxes", str(out / "detector" / "detector.pt"), "--sam", sam, "--no-flip",
+            "--scales", "1",
         "--no-fit-boxes", "--no-rescore", "--min-score", "0", "--max-boxes", "2", "--device", "cpu",
         "--out", str(tmp_path / "x"),
     ])  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -76,9 +77,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def load(folder: Path, *numbers: int) -> detector_ensemble.DetectorEnsemble:
+def load(folder: Path, *numbers: int, **changes: Any) -> detector_ensemble.DetectorEnsemble:
     paths = [str(folder / f"world{k}.safetensors") for k in numbers]
-    return detector_ensemble.load(paths, None, torch.device("cpu"), offline=True)
+    views: dict[str, Any] = {"scales": (1.0,), "flip": False, **changes}
+    return detector_ensemble.load(paths, None, torch.device("cpu"), offline=True, **views)
 
 
 def test_classes_go_by_name(folder: Path) -> None:
@@ -93,6 +95,31 @@ def test_classes_go_by_name(folder: Path) -> None:
     assert together and {(cls, box) for _, cls, box in together} <= known
     scores = [score for score, *_ in together]
     assert scores == sorted(scores, reverse=True)
+
+
+def test_mirror_image_is_a_second_look(folder: Path) -> None:
+    """What is found there comes back to where it is; an image and its mirror image agree."""
+    image = np.random.default_rng(1).integers(0, 256, (64, 96, 3), dtype=np.uint8)
+    mirror = np.ascontiguousarray(image[:, ::-1])
+    looking = load(folder, 0, flip=True)
+    found, mirrored = (as_list(looking.detect(its, 0, 300)) for its in (image, mirror))
+    assert found and len(found) == len(mirrored)
+    back = [(score, cls, (96 - x2, y1, 96 - x1, y2)) for score, cls, (x1, y1, x2, y2) in mirrored]
+    for (score, cls, box), (s, c, b) in zip(sorted(found), sorted(back), strict=True):
+        assert (score, cls) == (pytest.approx(s, abs=1e-4), c)
+        assert np.abs(np.subtract(box, b)).max() <= 1  # both are cut to whole pixels
+    assert found != as_list(load(folder, 0).detect(image, 0, 300))
+
+
+def test_scales_are_parts_of_the_size_it_was_trained_with(folder: Path) -> None:
+    image = np.random.default_rng(2).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    twice = load(folder, 0, scales=(2.0,)).detect(image, 0, 300)
+    paths = [str(folder / "world0.safetensors")]
+    options: dict[str, Any] = {"scales": (1.0,), "flip": False, "offline": True}
+    larger = detector_ensemble.load(paths, 128, torch.device("cpu"), **options)
+    assert as_list(twice) == as_list(larger.detect(image, 0, 300))
+    both = load(folder, 0, scales=(1.0, 2.0)).detect(image, 0, 300)
+    assert as_list(both) not in (as_list(twice), as_list(load(folder, 0).detect(image, 0, 300)))
 
 
 def test_most_boxes(folder: Path) -> None:

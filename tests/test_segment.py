@@ -213,6 +213,7 @@ def test_boxes_of_a_detector(
 
     path = str(detector_file(tmp_path, *classes))
     options: dict[str, Any] = {"min_score": 0, "max_boxes": 60, "splits": ("test",)}
+    options |= {"scales": 1, "flip": False}
     results = run(dataset, tmp_path / "out", path, fit_boxes=False, rescore=rescore, **options)
     alone = yolo_world.Detector(yolo_world.load_model(path), None, torch.device("cpu"))
     expected = []

@@ -47,6 +47,7 @@ ABLATION: dict[str, dict[str, Any]] = {
     "ablation/no_pasting": {"finetune_yolo.paste": 0.0, **ALONE},
     "ablation/no_balancing": {"finetune_yolo.defective": 0.0, **ALONE},
     "ablation/no_augmentation": {"finetune_yolo.augment": False, **ALONE},
+    "ablation/one_scale": {"segment.scales": (1.0,)},
     "ablation/boxes_not_fitted": {"segment.fit_boxes": False},
     "ablation/scores_of_the_detector": {"segment.rescore": False},
 }

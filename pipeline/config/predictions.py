@@ -83,12 +83,20 @@ class SegmentConfig(StageConfig):
     image_size: PositiveInt | None = Field(
         None, description="longest side the detector sees (default: what it was trained with)"
     )
+    scales: Annotated[tuple[PositiveFloat, ...], BeforeValidator(listed)] = Field(
+        (0.85, 1.0, 1.15),
+        min_length=1,
+        description="at which parts of that size a detector looks at an image: what it finds is "
+        "averaged, better than with 1 alone, in the time of all",
+    )
     min_score: Fraction = Field(
         0.01, description="leave out boxes to which the detector gives less than this score"
     )
     max_boxes: PositiveInt = Field(50, description="most boxes per image, best first")
     flip: bool = Field(
-        True, description="average with the masks of the mirror image: better, in twice the time"
+        True,
+        description="average with the boxes and masks of the mirror image: better, in twice the "
+        "time",
     )
     overlaps: Literal["keep", "resolve"] = Field(
         "keep",

@@ -232,7 +232,8 @@ def save_safetensors(model: WorldModel, path: Path, image_size: int) -> None:
 class Detector:
     """A trained network that finds boxes in images.
 
-    `image_size` is the longest side the network sees, in pixels (None: what it was trained with).
+    `image_size` is the longest side the network sees, in pixels (None: what it was trained with),
+    rounded to a multiple of its stride, 32.
     The model is taken over: its normalisation layers are fused into the convolutions.
     """
 
@@ -242,12 +243,19 @@ class Detector:
         self.image_size = image_size or int(trained_with)
         self.device = device
         self._model = model.float().fuse(verbose=False).eval().to(device)
-        self._letterbox = LetterBox(self.image_size, auto=True, stride=int(max(model.stride)))
+        self._stride = int(max(model.stride))
 
     @torch.inference_mode()
-    def detect(self, image: np.ndarray, min_score: float, max_boxes: int) -> sv.Detections:
-        """Boxes in an image, (height, width, 3) uint8 BGR, best first, in pixels of that image."""
-        resized = self._letterbox(image=image)[..., ::-1].transpose(2, 0, 1)
+    def detect(
+        self, image: np.ndarray, min_score: float, max_boxes: int, *, scale: float = 1.0
+    ) -> sv.Detections:
+        """Boxes in an image, (height, width, 3) uint8 BGR, best first, in pixels of that image.
+
+        `scale` is that of the image size: with 2, the network sees twice as much detail.
+        """
+        longest = max(1, round(self.image_size * scale / self._stride)) * self._stride
+        letterbox = LetterBox(longest, auto=True, stride=self._stride)
+        resized = letterbox(image=image)[..., ::-1].transpose(2, 0, 1)
         batch = torch.from_numpy(np.ascontiguousarray(resized)).to(self.device).float()[None] / 255
         found = non_max_suppression(
             self._model(batch),

@@ -203,7 +203,12 @@ def _detected_boxes(
 
     device = torch_device(config.device)
     detector = detector_ensemble.load(
-        config.boxes, config.image_size, device, offline=config.offline
+        config.boxes,
+        config.image_size,
+        device,
+        scales=config.scales,
+        flip=config.flip,
+        offline=config.offline,
     )
     classes = dataset.classes if dataset else detector.classes
     unknown = [name for name in detector.classes if name not in classes]
