@@ -26,12 +26,11 @@ def plan(config: RunConfig) -> list[tuple[str, StageConfig]]:
     problems: list[str] = []
     for section, values in _stages(config):
         name = section.split(".")[0]
-        command = "finetune-yolo" if name == "second_detector" else name.replace("_", "-")
         if issubclass(SECTIONS[name], LoggedConfig):
             values = {"tensorboard": config.tensorboard, "mlflow": config.mlflow, **values}
         try:
             stage = configs.build(SECTIONS[name], values, section=f"{section}.")
-            planned.append((command, stage))
+            planned.append((name.replace("_", "-"), stage))
         except UserError as error:
             problems += error.problems
     if problems:
@@ -101,16 +100,12 @@ def _stages(config: RunConfig) -> Iterator[tuple[str, dict[str, Any]]]:
 def _models(config: RunConfig, data: Path, out: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """The stages that each fold has; `out` and the links may have `{fold}` in them."""
     detector = {"data": data, "out": out / "detector", **config.finetune_yolo}
-    detectors = {"finetune_yolo": detector}
-    if config.second_detector is not None:
-        second = {**detector, "out": out / "second_detector", **config.second_detector}
-        detectors["second_detector"] = second
     if config.init is not None:
         detector["model"] = config.init
-    yield from detectors.items()
+    yield "finetune_yolo", detector
     segment = {
         "source": data,
-        "boxes": [str(Path(trained["out"]) / "detector.pt") for trained in detectors.values()],
+        "boxes": str(Path(detector["out"]) / "detector.pt"),
         "out": out / "predictions",
         **config.segment,
     }

@@ -45,7 +45,6 @@ CONFIG: dict[str, Any] = {
         "device": "cpu",
         "offline": True,
     },
-    "second_detector": {"seed": 1},
     "finetune_sam": {
         "model": "sam-lite",
         "epochs": 1,
@@ -205,10 +204,9 @@ def test_what_rows_have_in_common_is_made_once(
     }
     expected |= {f"finetune-sam segmenters/fold{fold}" for fold in range(2)}
     expected |= {f"detect-anomaly anomaly/fold{fold}" for fold in range(2)}
-    expected |= {f"finetune-yolo second_detector/fold{fold}" for fold in range(2)}
     rendered = {"synth": "mvtec", "convert": "dataset", "finetune-yolo": "detector"}
     expected |= {f"{name} pretrained/{out}" for name, out in rendered.items()}
-    assert set(trained) == expected and len(trained) == 19
+    assert set(trained) == expected and len(trained) == 17
     decisions = [row["image_decision"] for row in results["summary"].values()]
     assert all(d[CLASSIFIER] == decisions[0][CLASSIFIER] for d in decisions)
 
@@ -311,10 +309,7 @@ def test_ablations_and_shots_change_ours_alone_where_they_say() -> None:
     ours = flat("ours")
     for method, changes in benchmark.CHANGES.items():
         found = flat(method)
-        expected = {key: value for key, value in changes.items() if key != "second_detector"}
-        assert {key: found[key] for key in found if found[key] != ours[key]} == expected
-        detectors = benchmark.planned(arguments, method, 0).of("finetune-yolo")
-        assert len(detectors) == (1 if "second_detector" in changes else 2)
+        assert {key: found[key] for key in found if found[key] != ours[key]} == changes
 
 
 @pytest.mark.usefixtures("real_config")
@@ -332,7 +327,8 @@ def test_where_detectors_start() -> None:
     arguments = asked("--checkpoint", "yolov8n.pt")
 
     def start(method: str) -> Any:
-        return row(method).of("finetune-yolo")[0].model_dump()["model"]
+        (found,) = {s.model_dump()["model"] for s in row(method).of("finetune-yolo")}
+        return found
 
     def row(method: str) -> benchmark.Row:
         return benchmark.planned(arguments, method, "all")
@@ -343,16 +339,9 @@ def test_where_detectors_start() -> None:
     assert start("ours") == start("few_shot/1") == start("ablation/no_pasting") == detector
     assert start(benchmark.NOT_PRETRAINED) == start("yolov8n_default") == "yolov8n.pt"
     assert start(benchmark.SHIPPED) == "yolo-world-n"
-    assert len(row("yolov8n_default").of("finetune-yolo")) == 5
-
-    # What a change leaves as it is, is not trained again, nor the second detector of two rows.
-    def trained(method: str) -> list[Path]:
-        return [stage.out for stage in row(method).of("finetune-yolo")]
-
-    assert trained("ablation/boxes_not_fitted") == trained("ours")
-    assert trained("ablation/one_detector") == trained("ours")[::2]
-    assert trained(benchmark.SHIPPED)[1::2] == trained("ours")[1::2]
-    assert {second.model_dump()["seed"] for second in row("ours").of("finetune-yolo")[1::2]} == {1}
+    # What a change leaves as it is, is not trained again.
+    same = row("ablation/boxes_not_fitted").of("finetune-yolo")
+    assert [stage.out for stage in same] == [stage.out for stage in row("ours").of("finetune-yolo")]
 
 
 def test_methods_are_measured_in_one_order() -> None:

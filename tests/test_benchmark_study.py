@@ -223,15 +223,13 @@ def test_what_is_planned() -> None:
     assert (lite0.epochs, lite0.rotation, lite0.weight_decay) == (100, 15, 1e-4)
     detector = planned["yolo-world-sam"]
     assert [name for name, _ in detector] == [
-        "finetune-yolo", "finetune-yolo", "finetune-sam", "detect-anomaly", "segment",
+        "finetune-yolo", "finetune-sam", "detect-anomaly", "segment",
     ]  # fmt: skip
     (_, segment) = detector[-1]
     assert segment.anomaly == detector[-2][1].out  # type: ignore[attr-defined]
-    assert (str(segment.out), segment.sam) == (  # type: ignore[attr-defined]
-        "out/predictions", "out/segmenter/sam.safetensors",
+    assert (str(segment.out), segment.boxes, segment.sam) == (  # type: ignore[attr-defined]
+        "out/predictions", "out/detector/detector.pt", "out/segmenter/sam.safetensors",
     )  # fmt: skip
-    detectors = ("out/detector/detector.pt", "out/second_detector/detector.pt")
-    assert segment.boxes == detectors  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(

@@ -17,14 +17,7 @@ import yaml
 
 from pipeline import record
 from pipeline.cli import COMMANDS
-from pipeline.config import (
-    FinetuneYoloConfig,
-    RunConfig,
-    StageConfig,
-    TrainConfig,
-    build,
-    of_fold,
-)
+from pipeline.config import RunConfig, StageConfig, TrainConfig, build, of_fold
 from pipeline.data.files import atomic_folder, read_json, write_json, write_text
 from pipeline.errors import UserError
 from pipeline.stages import run as run_stage
@@ -204,9 +197,9 @@ def test_stages_are_linked_by_their_folders(tmp_path: Path) -> None:
     for name in ("predictions", "truth_boxes"):
         assert stages[name].sam == str(stages["segmenter"].out / "sam.safetensors")
     assert stages["detector"].model == "start.pt"
-    assert stages["predictions"].boxes == (str(stages["detector"].out / "detector.pt"),)
+    assert stages["predictions"].boxes == str(stages["detector"].out / "detector.pt")
     assert stages["predictions"].splits == ("val", "test")
-    assert (stages["truth_boxes"].boxes, stages["truth_boxes"].splits) == (("truth",), ("test",))
+    assert (stages["truth_boxes"].boxes, stages["truth_boxes"].splits) == ("truth", ("test",))
     evaluation, review = stages["evaluation"], stages["review.mp4"]
     assert evaluation.predictions == review.predictions == stages["predictions"].out
     assert evaluation.truth_boxes == stages["truth_boxes"].out
@@ -234,29 +227,11 @@ def test_links_follow_a_folder_that_is_given(tmp_path: Path) -> None:
     stages: dict[str, Any] = {stage.out.name: stage for _, stage in plan}
     assert stages["convert"].source == elsewhere / "synth"
     assert stages["finetune_yolo"].data == elsewhere / "convert"
-    assert stages["segment"].boxes == (str(elsewhere / "finetune_yolo" / "detector.pt"),)
+    assert stages["segment"].boxes == str(elsewhere / "finetune_yolo" / "detector.pt")
     assert stages["segment"].sam == str(elsewhere / "finetune_sam" / "sam.safetensors")
     assert stages["evaluate"].predictions == elsewhere / "segment"
     assert stages["evaluate"].classifiers == (elsewhere / "one",)
     assert stages["evaluate"].anomaly == elsewhere / "detect_anomaly"
-
-
-def test_a_second_detector_differs_in_what_its_section_says(tmp_path: Path) -> None:
-    options = {"epochs": 3, "model": "a.pt"}
-    changes: dict[str, Any] = {"finetune_yolo": options, "second_detector": {"seed": 7}}
-    plan = run_stage.plan(settings(tmp_path, init="start.pt", fold=1, **changes))
-    first, second = (stage for command, stage in plan if command == "finetune-yolo")
-    told = {"model", "seed", "out"}
-    assert first.model_dump(exclude=told) == second.model_dump(exclude=told)
-    assert isinstance(first, FinetuneYoloConfig) and isinstance(second, FinetuneYoloConfig)
-    assert (first.model, first.seed, first.epochs) == ("start.pt", 0, 3)
-    assert (second.model, second.seed) == ("a.pt", 7)
-    assert second.out == tmp_path / "fold1" / "second_detector"
-    stages: dict[str, Any] = {stage.out.name: stage for _, stage in plan}
-    expected = tuple(str(its.out / "detector.pt") for its in (first, second))
-    assert stages["predictions"].boxes == expected
-    with pytest.raises(UserError, match=r"^second_detector.epochs: expected"):
-        run_stage.plan(settings(tmp_path, second_detector={"epochs": 0}))
 
 
 def test_without_sections_there_is_no_such_training(tmp_path: Path) -> None:
@@ -496,7 +471,7 @@ def test_all_folds_have_stages_of_their_own_and_one_evaluation(tmp_path: Path) -
         assert [stage.fold for stage in of_fold] == [k] * len(OF_A_FOLD)
         detector, predictions = stages[f"fold{k}/detector"], stages[f"fold{k}/predictions"]
         assert detector.model == "start.pt"
-        assert predictions.boxes == (str(detector.out / "detector.pt"),)
+        assert predictions.boxes == str(detector.out / "detector.pt")
         assert predictions.sam == str(tmp_path / f"fold{k}" / "segmenter" / "sam.safetensors")
     evaluation, review = stages["evaluation"], stages["review.mp4"]
     assert (evaluation.fold, review.fold) == ("all", "all")
@@ -601,7 +576,7 @@ def test_folders_that_are_given_can_have_the_number_of_the_fold(tmp_path: Path) 
     detectors = [s for s in stages if s.out.name == "detector"]
     assert [s.out for s in detectors] == [tmp_path / str(k) / "detector" for k in range(FOLDS)]
     predictions = [s for s in stages if s.out.name == "predictions"]
-    assert [s.boxes for s in predictions] == [(str(s.out / "detector.pt"),) for s in detectors]
+    assert [s.boxes for s in predictions] == [str(s.out / "detector.pt") for s in detectors]
 
 
 # Bad input

@@ -30,6 +30,7 @@ from segmented import (
 )
 
 from pipeline import cli
+from pipeline.config import SegmentConfig
 from pipeline.data import predictions
 from pipeline.data.files import decode, read_image, read_json
 from pipeline.data.writers import create
@@ -230,17 +231,20 @@ def test_boxes_of_a_detector(
         np.testing.assert_allclose([x, y, x + w, y + h], box, atol=0.02)
 
 
-def test_quality_changes_the_order_of_what_a_detector_finds() -> None:
+@pytest.mark.parametrize("boxes", ["detector.pt", "results.json", "truth"])
+def test_quality_changes_the_order_of_what_a_detector_finds(tmp_path: Path, boxes: str) -> None:
+    config = SegmentConfig(source=tmp_path, out=tmp_path / "out", boxes=boxes)
     found = sv.Detections(
         xyxy=np.array([[0, 0, 9, 9], [5, 5, 20, 20], [1, 1, 3, 3]]),
         class_id=np.array([0, 1, 0]),
         confidence=np.array([0.8, 0.6, 0.1]),
         data={"quality": np.array([0.25, 0.9, 0.5])},
     )
-    after = segment._rescored(found)
-    assert after.confidence == pytest.approx([0.54, 0.2, 0.05])
-    assert after.xyxy[:, 0].tolist() == [5, 0, 1]
-    assert after.data["quality"].tolist() == [0.9, 0.25, 0.5]
+    after = segment._rescored(found, config)
+    detected = boxes == "detector.pt"
+    assert after.confidence == pytest.approx([0.54, 0.2, 0.05] if detected else [0.8, 0.6, 0.1])
+    assert after.xyxy[:, 0].tolist() == ([5, 0, 1] if detected else [0, 5, 1])
+    assert after.data["quality"].tolist() == ([0.9, 0.25, 0.5] if detected else [0.25, 0.9, 0.5])
 
 
 def test_a_detector_of_other_classes(dataset: Path, tmp_path: Path, box_filler: list[str]) -> None:

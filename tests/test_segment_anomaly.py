@@ -8,15 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from rectangles import Defects, write_dataset
-from segmented import (
-    TEST,
-    VAL,
-    boxes_file,
-    entry,
-    fill_boxes,
-    run,
-    write_images_and_truth,
-)
+from segmented import TEST, VAL, boxes_file, entry, fill_boxes, run, write_images_and_truth
 
 from pipeline import record
 from pipeline.config import DetectAnomalyConfig, EvaluateConfig, build

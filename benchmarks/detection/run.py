@@ -38,21 +38,18 @@ PRETRAIN = CONFIG.with_name("pretrain-transistor.yaml")
 SHIPPED = "ours_from_shipped_weights"
 NOT_PRETRAINED = "ablation/no_rendered_images"
 METHODS = ("ours", SHIPPED, *BASELINES)
-# Options that differ from those of `ours`, by the name of the row. Where a detector is trained with
-# other options, it is one alone, to be compared with `one_detector`.
-ALONE: dict[str, Any] = {"second_detector": None}
+# Options that differ from those of `ours`, by the name of the row.
 ABLATION: dict[str, dict[str, Any]] = {
-    "ablation/one_detector": ALONE,
-    NOT_PRETRAINED: ALONE,
-    "ablation/no_pasting": {"finetune_yolo.paste": 0.0, **ALONE},
-    "ablation/no_balancing": {"finetune_yolo.defective": 0.0, **ALONE},
-    "ablation/no_augmentation": {"finetune_yolo.augment": False, **ALONE},
+    NOT_PRETRAINED: {},
+    "ablation/no_pasting": {"finetune_yolo.paste": 0.0},
+    "ablation/no_balancing": {"finetune_yolo.defective": 0.0},
+    "ablation/no_augmentation": {"finetune_yolo.augment": False},
     "ablation/one_scale": {"segment.scales": (1.0,)},
     "ablation/boxes_not_fitted": {"segment.fit_boxes": False},
     "ablation/scores_of_the_detector": {"segment.rescore": False},
 }
 FEW_SHOT: dict[str, dict[str, Any]] = {
-    f"{figures.FEW_SHOT}{shots}": {"finetune_yolo.shots": shots, **ALONE} for shots in (1, 2, 4, 8)
+    f"{figures.FEW_SHOT}{shots}": {"finetune_yolo.shots": shots} for shots in (1, 2, 4, 8)
 }
 CHANGES: Mapping[str, dict[str, Any]] = {**ABLATION, **FEW_SHOT}
 
@@ -134,8 +131,8 @@ def run(arguments: argparse.Namespace) -> None:
         row.key: figures.summarise(
             read_json(evaluated.out / "metrics.json"),
             [
-                [common.timing_of(stage.out) for stage in its]
-                for its in by_fold([s for name in trained(row) for s in row.of(name)])
+                [common.timing_of(stage.out) for stage in stages]
+                for stages in zip(*(row.of(name) for name in trained(row)), strict=True)
             ],
         )
         for row, evaluated in zip(rows, evaluations, strict=True)
@@ -205,23 +202,18 @@ def planned(arguments: argparse.Namespace, method: str, fold: Fold) -> Row:
     if not arguments.classifiers:
         values["finetune_classifier"] = {}
     if method in BASELINES:
-        values["finetune_sam"] = values["detect_anomaly"] = values["second_detector"] = None
-    else:
-        values["second_detector"]["out"] = work / "second_detector" / f"fold{FOLD}"
+        values["finetune_sam"] = values["detect_anomaly"] = None
     for name, options in values.get("finetune_classifier", {}).items():
         options["out"] = work / "classifiers" / f"fold{FOLD}" / name
     if is_pretrained(method):
         values["init"] = str(pretraining(arguments)[-1][1].out / DETECTOR)
     elif method != SHIPPED:
         values["init"] = str(arguments.checkpoint)
-    if changes and method != NOT_PRETRAINED and not any("finetune_yolo." in key for key in changes):
+    if changes and not any(key.startswith("finetune_yolo.") for key in changes):
         values["finetune_yolo"]["out"] = work / "ours" / f"fold{FOLD}" / "detector"
     for key, value in changes.items():
-        section, *option = key.split(".")
-        if option:
-            values.setdefault(section, {})[option[0]] = value
-        else:
-            values[section] = value
+        section, option = key.split(".")
+        values.setdefault(section, {})[option] = value
     settings = config.build(config.RunConfig, values, file=CONFIG)
     return Row(method, fold, runs.plan(settings))
 
@@ -248,14 +240,6 @@ def pretraining_minutes(arguments: argparse.Namespace, chosen: Sequence[str]) ->
     return None if seconds is None else round(seconds / 60, 1)
 
 
-def by_fold(stages: Sequence[StageConfig]) -> list[list[StageConfig]]:
-    """The stages of each fold, in the order of the folds."""
-    found: dict[int, list[StageConfig]] = {}
-    for stage in stages:
-        found.setdefault(stage.model_dump()["fold"], []).append(stage)
-    return list(found.values())
-
-
 def trained(row: Row) -> list[str]:
     """The trainings that the boxes and the image decision of a row come from."""
     ours = ["finetune-yolo", "finetune-sam", "detect-anomaly"]
@@ -280,7 +264,7 @@ def predict(rows: Sequence[Row], jobs: int) -> None:
     for row in rows:
         for options in row.of("segment"):
             assert isinstance(options, SegmentConfig)
-            if options.boxes == ("truth",):
+            if options.boxes == "truth":
                 continue
             if row.method in BASELINES:
                 find_boxes(options)
@@ -296,8 +280,7 @@ def find_boxes(options: SegmentConfig) -> None:
         return
     print(f"{name} {options.out}", flush=True)
     dataset, device = Dataset(options.source), torch_device(options.device)
-    (checkpoint,) = options.boxes
-    model, _ = yolo_world.load_checkpoint(checkpoint)
+    model, _ = yolo_world.load_checkpoint(options.boxes)
     detector = yolo_world.Detector(model, options.image_size, device)
     results: list[dict[str, Any]] = []
     images: list[dict[str, Any]] = []

@@ -230,7 +230,6 @@ def detector(place: Place) -> Stages:
     values["convert"] = {"source": "it is converted already", "out": place.source}
     for section, name in (
         ("finetune_yolo", "detector"),
-        ("second_detector", "second_detector"),
         ("finetune_sam", "segmenter"),
         ("detect_anomaly", "anomaly"),
         ("segment", "predictions"),
@@ -239,7 +238,7 @@ def detector(place: Place) -> Stages:
     values["segment"]["anomaly"] = place.out / "anomaly"
     planned = plan(config.build(config.RunConfig, values, file=DETECTOR_CONFIG))
     wanted = ("finetune-yolo", "finetune-sam", "detect-anomaly", "segment")
-    return [s for s in planned if s[0] in wanted and getattr(s[1], "boxes", None) != ("truth",)]
+    return [s for s in planned if s[0] in wanted and getattr(s[1], "boxes", None) != "truth"]
 
 
 # ---- Measuring ---------------------------------------------------------------------------------

@@ -115,7 +115,7 @@ def planned(arguments: argparse.Namespace, unseen: str) -> Row:
     values = config.read_yaml(CONFIG)
     out = arguments.work / unseen
     values |= {"out": out, "mvtec_root": arguments.mvtec_root, "fold": None}
-    values |= {"second_detector": None, "finetune_sam": None, "finetune_classifier": {}}
+    values |= {"finetune_sam": None, "finetune_classifier": {}}
     values["convert"] |= {"folds": 0, "unseen": [unseen]}
     planned: dict[str, StageConfig] = {}
     for name, stage in runs.plan(config.build(config.RunConfig, values, file=CONFIG)):

@@ -64,11 +64,7 @@ class SegmentConfig(StageConfig):
     fold: int | None = Field(
         None, ge=0, description="fold of the dataset instead of its single split"
     )
-    boxes: Annotated[tuple[str, ...], BeforeValidator(listed)] = Field(
-        min_length=1,
-        description="detector checkpoints, whose boxes are joined; or one COCO results file, or "
-        "'truth'",
-    )
+    boxes: str = Field(description="detector checkpoint, COCO results file, or 'truth'")
     prompt: Literal["boxes", "points", "boxes+points", "masks", "boxes+masks"] = Field(
         "boxes",
         description="what SAM is shown: each box, its points (by default its centre; 'points' of "
@@ -145,24 +141,10 @@ class SegmentConfig(StageConfig):
             )
         return self
 
-    @property
-    def detected(self) -> bool:
-        """Whether detectors find the boxes."""
-        return self.boxes != ("truth",) and not self.boxes[0].endswith(".json")
-
-    @field_validator("boxes")
-    @classmethod
-    def _check_boxes(cls, boxes: tuple[str, ...]) -> tuple[str, ...]:
-        alone = [name for name in boxes if name == "truth" or name.endswith(".json")]
-        if alone and len(boxes) > 1:
-            raise ValueError(f"expected nothing beside {alone[0]}, found {len(boxes)} sources")
-        return boxes
-
     @field_validator("prompt")
     @classmethod
     def _check_prompt(cls, prompt: str, info: ValidationInfo) -> str:
-        boxes = info.data.get("boxes", (".json",))
-        if "masks" in prompt and not boxes[0].endswith(".json"):
+        if "masks" in prompt and not info.data.get("boxes", ".json").endswith(".json"):
             raise ValueError(f"expected boxes of a COCO results file for masks, found {prompt!r}")
         return prompt
 

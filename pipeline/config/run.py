@@ -23,7 +23,6 @@ SECTIONS: dict[str, type[StageConfig]] = {  # of a run: the options of one stage
     "synth": SynthConfig,
     "convert": ConvertConfig,
     "finetune_yolo": FinetuneYoloConfig,
-    "second_detector": FinetuneYoloConfig,
     "finetune_sam": FinetuneSamConfig,
     "finetune_classifier": FinetuneClassifierConfig,
     "detect_anomaly": DetectAnomalyConfig,
@@ -54,7 +53,7 @@ class RunConfig(Config):
     positional: ClassVar[tuple[str, ...]] = ("config",)
     out: Path = Field(description="folder for the results of all stages")
     init: str | None = Field(
-        None, description="starting point of the (first) detector (finetune_yolo.model)"
+        None, description="starting point of the detector (finetune_yolo.model)"
     )
     mvtec_root: Path = Field(
         default_factory=lambda: Path(os.environ.get("PIPELINE_MVTEC_ROOT") or "datasets/mvtec_ad"),
@@ -75,9 +74,6 @@ class RunConfig(Config):
     convert: Annotated[dict[str, Any], _options_of("convert")] = Field(default_factory=dict)
     finetune_yolo: Annotated[dict[str, Any], _options_of("finetune_yolo")] = Field(
         default_factory=dict
-    )
-    second_detector: Annotated[dict[str, Any], _options_of("second_detector")] | None = (
-        None  # what is not as in finetune_yolo; None: a detector alone
     )
     finetune_sam: Annotated[dict[str, Any], _options_of("finetune_sam")] | None = (
         None  # None: use segment.sam as it is
@@ -115,7 +111,6 @@ class RunConfig(Config):
             found = self.evaluate["split"]
             raise ValueError(f"evaluate.split: expected 'test' for fold all, found {found!r}")
         per_fold = {"finetune_yolo": self.finetune_yolo, "segment": self.segment}
-        per_fold |= {"second_detector": self.second_detector or {}}
         per_fold |= {"finetune_sam": self.finetune_sam or {}}
         per_fold |= {"detect_anomaly": self.detect_anomaly or {}}
         per_fold |= {f"finetune_classifier.{k}": v for k, v in self.finetune_classifier.items()}

@@ -4,10 +4,9 @@ Ten images of a defect are few. A detector sees more of them where each is also 
 parts: Dwibedi et al., Cut, Paste and Learn, ICCV 2017; Ghiasi et al., Simple Copy-Paste is a Strong
 Data Augmentation Method for Instance Segmentation, CVPR 2021.
 
-Here parts lie alike, so a defect goes not far from the place it came from, with a margin of what is
+Here parts lie alike, so a defect goes to about the place it came from, with a margin of what is
 around it: the mask of a cut lead holds board, and what makes it a defect is the lead beside it.
-That surrounding has to lie on the same things on the good image: a bent lead takes the place of
-another lead, a scratch goes anywhere on the case.
+Where exactly is decided by that surrounding, which has to lie on the same things on the good image.
 """
 
 from __future__ import annotations
@@ -25,18 +24,14 @@ from pipeline.data.masks import box_of
 MARGIN = 0.03  # around the mask, pasted as well
 FEATHER = 0.025  # around that, from opaque to transparent
 CONTEXT = 0.05  # around that, only compared
-REACH = 0.25  # how far from where it was a defect may go
-APART = 0.04  # a place is taken only if none fits better within this distance
-SWAY = 0.03  # how far turning and scaling may move the outermost pixel, where parts lie alike
+REACH = 0.08  # how far the surrounding may pull a defect from where it was
+SWAY = 0.01  # how far turning and scaling may move the outermost pixel, where parts lie alike
 ALIKE = 0.05  # part of all places, best first, where a defect fits if parts lie anyhow
 COMPARED = 8000  # about as many pixels of the surrounding are compared
 TRIES = 4  # of cuttings of a class, until one fits
-# A surrounding that differs from all places by more than the larger of these fits nowhere.
+# A surrounding that differs from the place by more than the larger of these fits nowhere there.
 GREY_LEVELS = 20.0
 CONTRAST = 0.75  # part of its own contrast
-# Otherwise it fits wherever they differ by at most the larger of these, light included.
-SLIGHT = 10.0  # grey levels
-OF_BEST = 1.25  # times the difference at the best place
 
 
 @dataclass(frozen=True, eq=False)
@@ -190,7 +185,7 @@ Window = tuple[slice, slice]  # rows and columns
 def _find(
     good: np.ndarray, cutting: Cutting, rng: np.random.Generator, free_pose: bool
 ) -> tuple[Window, Window] | None:
-    """A place where the good image looks like the surrounding of the defect, not far from its own.
+    """Where the good image looks most like the surrounding of the defect, near its own place.
 
     In a free pose it is one of the places anywhere that look most like it. Returns the rows and
     columns of the image, and those of the cutting that come to lie there; None if it fits nowhere.
@@ -212,41 +207,25 @@ def _find(
         window = scene[  # the outermost pixels are repeated beyond the border
             np.clip(rows, 0, scene.shape[0] - 1)[:, None], np.clip(columns, 0, scene.shape[1] - 1)
         ]
+    unlike = cv2.matchTemplate(window, template, cv2.TM_SQDIFF, mask=weight).ravel()
     if free_pose:
-        unlike = cv2.matchTemplate(window, template, cv2.TM_SQDIFF, mask=weight)
-        fits = unlike <= np.quantile(unlike, ALIKE)
+        best = rng.choice(np.flatnonzero(unlike <= np.quantile(unlike, ALIKE)))
     else:
-        fits = _fits(window, template, weight, round(APART * max(good.shape[:2]) / step))
-    if not fits.any():
-        return None
-    row, column = divmod(int(rng.choice(np.flatnonzero(fits))), fits.shape[1])
+        best = np.argmin(unlike)
+    row, column = divmod(int(best), window.shape[1] - template.shape[1] + 1)
+    if not free_pose:
+        around = weight > 0.5
+        found = window[row : row + template.shape[0], column : column + template.shape[1]]
+        difference = (found - template)[around].std() if around.any() else 0
+        if difference > max(GREY_LEVELS, CONTRAST * template[around].std()):
+            return None
     x, y = (left + column) * step, (top + row) * step
     inside_y = slice(max(y, 0), min(y + height, good.shape[0]))
     inside_x = slice(max(x, 0), min(x + width, good.shape[1]))
-    if inside_y.start >= inside_y.stop or inside_x.start >= inside_x.stop:
-        return None
     return (inside_y, inside_x), (
         slice(inside_y.start - y, inside_y.stop - y),
         slice(inside_x.start - x, inside_x.stop - x),
     )
-
-
-def _fits(window: np.ndarray, template: np.ndarray, weight: np.ndarray, apart: int) -> np.ndarray:
-    """Where in the window the template fits, (places in y, places in x) bool.
-
-    All are float32 grey levels but the weight, 0 to 1. Of places within `apart` of each other only
-    the best fits: it alone lets a lead go on in a straight line.
-    """
-    around = weight > 0.5
-    if not around.any():
-        return np.zeros((1, 1), bool)
-    share = weight**2 / (weight**2).sum()
-    power = cv2.matchTemplate(window, template, cv2.TM_SQDIFF, mask=weight) / (weight**2).sum()
-    offset = cv2.matchTemplate(window, share, cv2.TM_CCORR) - (template * share).sum()
-    contrast = power - offset**2  # of the difference: its mean is light, which will be matched
-    alike = contrast <= max(GREY_LEVELS, CONTRAST * float(template[around].std())) ** 2
-    alike &= power <= max(SLIGHT**2, OF_BEST**2 * float(power.min()))
-    return np.asarray(alike & (power <= cv2.erode(power, np.ones((2 * apart + 1,) * 2, np.uint8))))
 
 
 def _match_light(picture: np.ndarray, scene: np.ndarray, ring: np.ndarray) -> np.ndarray:

@@ -86,7 +86,7 @@ def _named(made: record.Record, options: dict[str, Any]) -> Iterator[tuple[str, 
         name, _, place = key.rstrip("]").partition("[")
         value = options.get(name)
         if isinstance(value, list):
-            value = value[int(place or 0)] if int(place or 0) < len(value) else None
+            value = value[int(place or 0)]
         if value is None:
             continue
         if FOLD not in str(value):

@@ -18,14 +18,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
-from pydantic import BeforeValidator
 
 from pipeline import record
 from pipeline.config import read_yaml
-from pipeline.config.base import listed
 from pipeline.data import costs, heatmaps, joint_decision, stored
 from pipeline.data.dataset import Sample
 from pipeline.data.decision import read_probabilities
@@ -64,7 +62,7 @@ class Answers:
 class _Options(Stored):
     """What is read of the config.yaml of `pipeline segment`."""
 
-    boxes: Annotated[list[str], BeforeValidator(listed)]
+    boxes: str
     sam: str
 
 
@@ -146,7 +144,7 @@ def _read_classifier(
 def _read_detector(
     folder: Path, classes: Sequence[str], samples: Sequence[Sample], val: Sequence[Sample]
 ) -> Answers:
-    if _options(folder).boxes == ["truth"]:
+    if _options(folder).boxes == "truth":
         raise UserError(f"{folder}: expected masks of a detector's boxes, found those of true ones")
     found = read_predictions(folder, classes, samples, val)
     seen = val if found.images.issuperset(sample.image_id for sample in val) else ()
@@ -202,14 +200,14 @@ def _best_score(predictions: Predictions, sample: Sample) -> np.ndarray:
 
 
 def _trainings(folder: Path) -> list[Step | None]:
-    """The trainings of the detectors and of the segmenter of a run of `segment`.
+    """The trainings of the detector and of the segmenter of a run of `segment`.
 
     None for one whose record cannot be found; weights of the registry need none.
     """
     steps = {Path(step.folder): step for step in trace(folder).steps}
     options = _options(folder)
     found: list[Step | None] = []
-    for path in (Path(name).resolve() for name in (*options.boxes, options.sam)):
+    for path in (Path(options.boxes).resolve(), Path(options.sam).resolve()):
         if path.is_file():  # a checkpoint in a run's folder, or in one below it
             step = steps.get(path.parent, steps.get(path.parent.parent))
             boxes_of_run = step is not None and step.command == "segment"

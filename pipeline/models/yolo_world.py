@@ -12,7 +12,7 @@ import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import supervision as sv
@@ -233,26 +233,47 @@ class Detector:
     """A trained network that finds boxes in images.
 
     `image_size` is the longest side the network sees, in pixels (None: what it was trained with),
-    rounded to a multiple of its stride, 32.
-    The model is taken over: its normalisation layers are fused into the convolutions.
+    rounded to a multiple of its stride, 32. It looks at each image at the given `scales` of that
+    size and, with `flip`, at its mirror image too: what it finds again and again is more probably
+    a defect. The model is taken over: its normalisation layers are fused into the convolutions.
     """
 
-    def __init__(self, model: WorldModel, image_size: int | None, device: torch.device) -> None:
+    def __init__(
+        self,
+        model: WorldModel,
+        image_size: int | None,
+        device: torch.device,
+        *,
+        scales: Sequence[float] = (1.0,),
+        flip: bool = False,
+    ) -> None:
         self.classes: tuple[str, ...] = tuple(model.names.values())
         trained_with = dict(getattr(model, "args", {})).get("imgsz", 640)
         self.image_size = image_size or int(trained_with)
+        self.scales = scales
+        self.flip = flip
         self.device = device
         self._model = model.float().fuse(verbose=False).eval().to(device)
         self._stride = int(max(model.stride))
 
-    @torch.inference_mode()
-    def detect(
-        self, image: np.ndarray, min_score: float, max_boxes: int, *, scale: float = 1.0
-    ) -> sv.Detections:
+    def detect(self, image: np.ndarray, min_score: float, max_boxes: int) -> sv.Detections:
         """Boxes in an image, (height, width, 3) uint8 BGR, best first, in pixels of that image.
 
-        `scale` is that of the image size: with 2, the network sees twice as much detail.
+        `min_score` and `max_boxes` are those of each look, and the second also of all together.
         """
+        found = [self._look(image, scale, min_score, max_boxes) for scale in self.scales]
+        if self.flip:
+            mirror = np.ascontiguousarray(image[:, ::-1])
+            for scale in self.scales:
+                boxes = self._look(mirror, scale, min_score, max_boxes)
+                boxes.xyxy[:, [0, 2]] = image.shape[1] - boxes.xyxy[:, [2, 0]]
+                found.append(boxes)
+        return cast(sv.Detections, joined(found)[:max_boxes])
+
+    @torch.inference_mode()
+    def _look(
+        self, image: np.ndarray, scale: float, min_score: float, max_boxes: int
+    ) -> sv.Detections:
         longest = max(1, round(self.image_size * scale / self._stride)) * self._stride
         letterbox = LetterBox(longest, auto=True, stride=self._stride)
         resized = letterbox(image=image)[..., ::-1].transpose(2, 0, 1)
@@ -271,6 +292,35 @@ class Detector:
             confidence=scores.numpy().ravel(),
             class_id=classes.numpy().ravel().astype(int),
         )
+
+
+def joined(found: Sequence[sv.Detections]) -> sv.Detections:
+    """What was found at each of several looks at one image, best first.
+
+    Boxes of one class that overlap one with a higher score, as in non-maximum suppression, say the
+    same as that one. Its new score is the mean over all looks, where one that has not found it
+    counts 0 (as in Weighted Boxes Fusion, Solovyev et al. 2021, arXiv 1910.13302).
+    """
+    boxes = sv.Detections.merge(list(found))
+    if len(found) == 1 or not len(boxes):
+        return boxes
+    scores, classes = np.asarray(boxes.confidence), np.asarray(boxes.class_id)
+    look = np.repeat(np.arange(len(found)), [len(its) for its in found])
+    overlap = sv.box_iou_batch(boxes.xyxy, boxes.xyxy) > NMS_IOU
+    left = np.ones(len(boxes), bool)
+    kept: list[int] = []
+    means: list[float] = []
+    for i in np.argsort(-scores, kind="stable"):
+        if left[i]:
+            same = left & overlap[i] & (classes == classes[i])
+            best = [scores[same & (look == k)].max(initial=0) for k in range(len(found))]
+            kept.append(int(i))
+            means.append(float(np.mean(best)))
+            left &= ~same
+    order = np.argsort(-np.array(means), kind="stable")
+    chosen = cast(sv.Detections, boxes[np.array(kept)[order]])
+    chosen.confidence = np.array(means, np.float32)[order]
+    return chosen
 
 
 def _read_safetensors(path: Path) -> WorldModel:

@@ -57,9 +57,7 @@ def run(config: SegmentConfig) -> None:
             bar = progress.add_task("segmenting", total=count)
             for frame in pictures:
                 found = segmenter.segment(frame.image, find_boxes(frame), config.prompt)
-                if config.rescore and config.detected:
-                    found = _rescored(found)
-                found = _tidy(found, config)
+                found = _tidy(_rescored(found, config), config)
                 results += predictions.coco_results(frame.image_id, found)
                 height, width = frame.image.shape[:2]
                 image: dict[str, Any] = {
@@ -143,7 +141,7 @@ def _box_source(
     config: SegmentConfig, dataset: Dataset | None
 ) -> tuple[FindBoxes, tuple[str, ...]]:
     """Where boxes come from: a function of the frame, and the classes its boxes refer to."""
-    if config.boxes == ("truth",):
+    if config.boxes == "truth":
         if dataset is None:
             raise UserError(f"--boxes truth: expected a dataset, found {config.source}")
         truth = {
@@ -151,9 +149,9 @@ def _box_source(
             for sample in _samples(config, dataset)
         }
         return _boxes_of(truth, config), dataset.classes
-    if config.detected:
-        return _detected_boxes(config, dataset)
-    return _boxes_of_file(Path(config.boxes[0]), dataset, config)
+    if config.boxes.endswith(".json"):
+        return _boxes_of_file(Path(config.boxes), dataset, config)
+    return _detected_boxes(config, dataset)
 
 
 def _boxes_of(entries: Mapping[int, Sequence[dict[str, Any]]], config: SegmentConfig) -> FindBoxes:
@@ -198,17 +196,16 @@ def _boxes_of_file(
 def _detected_boxes(
     config: SegmentConfig, dataset: Dataset | None
 ) -> tuple[FindBoxes, tuple[str, ...]]:
-    """Boxes of detectors; where there is a dataset, with that dataset's class indices."""
-    from pipeline.models import detector_ensemble
+    """Boxes of a detector; where there is a dataset, with that dataset's class indices."""
+    from pipeline.models import yolo_world
 
-    device = torch_device(config.device)
-    detector = detector_ensemble.load(
-        config.boxes,
+    model = yolo_world.load_model(config.boxes, offline=config.offline)
+    detector = yolo_world.Detector(
+        model,
         config.image_size,
-        device,
+        torch_device(config.device),
         scales=config.scales,
         flip=config.flip,
-        offline=config.offline,
     )
     classes = dataset.classes if dataset else detector.classes
     unknown = [name for name in detector.classes if name not in classes]
@@ -227,12 +224,14 @@ def _detected_boxes(
     return find, classes
 
 
-def _rescored(found: sv.Detections) -> sv.Detections:
-    """What detectors have found, by falling product of its score and the mask's predicted IoU.
+def _rescored(found: sv.Detections, config: SegmentConfig) -> sv.Detections:
+    """What a detector has found, by falling product of its score and the mask's predicted IoU.
 
     As in Mask Scoring R-CNN (Huang et al., CVPR 2019, arXiv 1903.00241). Boxes of a file keep their
     scores: they may have been through this before.
     """
+    if not config.rescore or config.boxes == "truth" or config.boxes.endswith(".json"):
+        return found
     found.confidence = np.asarray(found.confidence) * found.data["quality"]
     order = np.argsort(-found.confidence, kind="stable")
     return cast(sv.Detections, found[order])  # its type also allows for keys of the data
@@ -248,7 +247,7 @@ def _tidy(found: sv.Detections, config: SegmentConfig) -> sv.Detections:
         found.mask = masks.resolve_overlaps(
             np.asarray(found.mask), np.asarray(found.class_id), np.asarray(found.confidence)
         )
-    if config.fit_boxes and config.boxes != ("truth",):
+    if config.fit_boxes and config.boxes != "truth":
         found.xyxy = masks.fitted_boxes(np.asarray(found.mask), found.xyxy)
     return found
 
