@@ -74,14 +74,14 @@ def entry(image_id: int, category: int, box: tuple[int, ...], score: float) -> E
     return {"image_id": image_id, "category_id": category, "bbox": bbox, "score": score}
 
 
-def detector_file(folder: Path, *classes: str, seed: int = 0) -> Path:
+def detector_file(folder: Path, *classes: str) -> Path:
     """A YOLO-World-n with random weights for some classes."""
     from pipeline.models import yolo_world
 
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     model = yolo_world.load_model("yolov8n-worldv2.yaml")
     yolo_world.set_prompts(model, classes, None)
-    path = folder / f"world{seed}.safetensors"
+    path = folder / "world.safetensors"
     yolo_world.save_safetensors(yolo_world.plain(model), path, image_size=64)
     return path
 

@@ -238,9 +238,8 @@ def test_boxes_of_baselines_are_what_segment_shows_to_sam(
     cli.main([
         "segment", "--source", str(work / "dataset"), "--fold", "0", "--splits", "val",
         "--boxes", str(out / "detector" / "detector.pt"), "--sam", sam, "--no-flip",
-            "--scales", "1",
-        "--no-fit-boxes", "--no-rescore", "--min-score", "0", "--max-boxes", "2", "--device", "cpu",
-        "--out", str(tmp_path / "x"),
+        "--scales", "1", "--no-fit-boxes", "--no-rescore", "--min-score", "0", "--max-boxes", "2",
+        "--device", "cpu", "--out", str(tmp_path / "x"),
     ])  # fmt: skip
     theirs = read_json(tmp_path / "x" / "predictions.json")
     shown = [sample.image_id for sample in Dataset(work / "dataset").split("val", 0)]

@@ -82,11 +82,12 @@ class SegmentConfig(StageConfig):
     scales: Annotated[tuple[PositiveFloat, ...], BeforeValidator(listed)] = Field(
         (0.85, 1.0, 1.15),
         min_length=1,
-        description="at which parts of that size a detector looks at an image: what it finds is "
-        "averaged, better than with 1 alone, in the time of all",
+        description="at which parts of that size a detector looks at an image: the scores of what "
+        "it finds are averaged",
     )
     min_score: Fraction = Field(
-        0.01, description="leave out boxes to which the detector gives less than this score"
+        0.01,
+        description="leave out boxes to which the detector gives less than this score at a look",
     )
     max_boxes: PositiveInt = Field(50, description="most boxes per image, best first")
     flip: bool = Field(
